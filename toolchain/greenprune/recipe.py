@@ -1,0 +1,312 @@
+"""What the user asks for: a typed, frozen recipe read from TOML.
+
+Every section is a frozen dataclass; every field has a default, so that an empty file is the
+default job. Units are in the names. ``"module:function"`` strings name the user's own code, and
+may also be ``"path/to/file.py:function"``, relative to the recipe's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from greenprune import schema
+from greenprune.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
+Probability = Annotated[float, Meta(gt=0.0, lt=1.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+Count = Annotated[int, Meta(ge=0)]
+AtLeastOne = Annotated[int, Meta(ge=1)]
+
+BUILT_IN = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The network: who builds it, and where its trained weights are."""
+
+    factory: str = "greenprune.models:lenet5"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    """A ``.safetensors`` file or a checkpoint; without it the network is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The images: where they are, how they are prepared, who may see which."""
+
+    source: str = "digits"
+    """``digits``, ``mnist``, ``folder`` (ImageFolder layout) or ``module:function``."""
+    path: str | None = None
+    size: tuple[AtLeastOne, AtLeastOne] | None = None
+    """Height and width that images are resized to; None keeps theirs, which must then agree."""
+    channels: Literal[1, 3] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    augmentation: Literal["none", "shift", "crop_flip"] = "none"
+    development: Count = 97
+    """Images taken out of training to choose by."""
+    selector: AtLeastOne = 250
+    certification: AtLeastOne = 300
+    held_out_from: Literal["train", "test"] = "train"
+    """Where the selector's and the certificate's images come from: the training images, or, for
+    weights that others trained on all of these, the test images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """The loss that is trained and the metric that is reported."""
+
+    loss: str = "greenprune.training:cross_entropy"
+    """``loss(outputs, targets) -> scalar tensor``."""
+    metric: str = "greenprune.training:accuracy"
+    """``metric(outputs, targets) -> float tensor [N]``, each in [0, 1], higher is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """One training: SGD with Nesterov momentum, linear warm-up, cosine to zero."""
+
+    epochs: Count = 10
+    batch_size: AtLeastOne = 64
+    learning_rate: Positive = 0.05
+    momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: NonNegative = 5e-4
+    warmup_epochs: NonNegative = 0.5
+    label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsitySettings(TrainingSettings):
+    """Sparse training before pruning (CBS)."""
+
+    method: Literal["cbs", "cbs_l1", "group", "l1"] = "cbs"
+    strength: NonNegative = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings(TrainingSettings):
+    """Fine-tuning of a compact network, taught by the dense one."""
+
+    distillation: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
+    """Weight of the teacher's loss; 1 minus it is the weight of the labels' loss."""
+    temperature: Positive = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSettings:
+    """One member of the pair: how much of the network stays."""
+
+    macs: Fraction = 0.5
+    """Share of the dense network's MACs that may stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """Which channels go."""
+
+    method: Literal["drp", "magnitude", "random"] = "drp"
+    images: AtLeastOne = 256
+    width_multiple: AtLeastOne = 8
+    """Every width lands on a multiple of this; 1 switches rounding off."""
+    keep_at_least: Fraction = 0.2
+    """No group of channels goes below this share of its width."""
+    mild: VariantSettings = field(default_factory=lambda: VariantSettings(macs=0.6))
+    aggressive: VariantSettings = field(default_factory=lambda: VariantSettings(macs=0.3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """Fine-tuning of the mild and of the aggressive network."""
+
+    mild: DistillationSettings = field(default_factory=DistillationSettings)
+    aggressive: DistillationSettings = field(default_factory=DistillationSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorSettings:
+    """The head that says, for each input, whether the aggressive network's answer will do."""
+
+    hidden: AtLeastOne = 64
+    epochs: AtLeastOne = 200
+    learning_rate: Positive = 1e-2
+    weight_decay: NonNegative = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileSettings:
+    """What the bundle is built for."""
+
+    target: str = "x86"
+    runtimes: tuple[str, ...] = ()
+    """Runtimes to build for; empty means all that the target offers and this machine has."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    calibration_images: AtLeastOne = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifySettings:
+    """The guarantee: accuracy lost against the dense network, with what confidence."""
+
+    max_accuracy_loss: tuple[Probability, ...] = (0.01, 0.02, 0.03, 0.05)
+    """Losses to certify, as fractions (0.01 is one point); a row of the dial each."""
+    operating_loss: Probability = 0.05
+    """The row that the bundle starts with."""
+    delta: Probability = 0.05
+    """1 - delta is the confidence, for all rows jointly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """How the bundle is measured on this machine."""
+
+    preset: Literal["quick", "standard", "report", "mlperf-tiny"] = "quick"
+    meter: str = "auto"
+    replay_images: AtLeastOne = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountSettings:
+    """The carbon account."""
+
+    intensity_g_per_kwh: Positive = 445.0
+    pue: Annotated[float, Meta(ge=1.0)] = 1.0
+    inferences: AtLeastOne = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole job."""
+
+    name: str = "lenet5-digits"
+    seed: Count = 0
+    threads: Count = 0
+    """CPU threads for training and measuring; 0 means one for each core."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
+    train: TrainingSettings = field(default_factory=TrainingSettings)
+    sparsify: SparsitySettings = field(default_factory=SparsitySettings)
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    selector: SelectorSettings = field(default_factory=SelectorSettings)
+    compile: CompileSettings = field(default_factory=CompileSettings)
+    certify: CertifySettings = field(default_factory=CertifySettings)
+    bench: BenchSettings = field(default_factory=BenchSettings)
+    account: AccountSettings = field(default_factory=AccountSettings)
+
+
+def built_in_recipes() -> dict[str, str]:
+    """Name and first comment line of each built-in recipe."""
+    recipes = {}
+    for path in sorted(BUILT_IN.glob("*.toml")):
+        first = path.read_text().splitlines()[0]
+        recipes[path.stem] = first.removeprefix("#").strip()
+    return recipes
+
+
+def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: a TOML file, or the name of a built-in recipe; None means ``lenet5-digits``.
+        overrides: ``"section.key=value"`` strings; the value is TOML, or else a plain string.
+
+    Raises:
+        RecipeError: the file is missing or not TOML; an unknown key; a wrong type or value.
+    """
+    path = _find(recipe or "lenet5-digits")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from error
+    content.setdefault("name", path.stem)
+    for override in overrides:
+        _override(content, override)
+    loaded = schema.decode(content, Recipe, str(path), RecipeError)
+    _check(loaded, str(path))
+    return _resolve_paths(loaded, Path.cwd() if path.parent == BUILT_IN else path.parent.resolve())
+
+
+def _find(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    named = BUILT_IN / f"{recipe}.toml"
+    if named.is_file():
+        return named
+    raise RecipeError(
+        f"recipe '{recipe}': no such file, and no built-in recipe of that name; "
+        f"built in are: {', '.join(built_in_recipes())}"
+    )
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, as in train.epochs=3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    place = content
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {override}: '{section}' is a value, not a section")
+    place[last] = value
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    mild, aggressive = recipe.prune.mild.macs, recipe.prune.aggressive.macs
+    if aggressive >= mild:
+        raise RecipeError(
+            f"{where}: prune.aggressive.macs = {aggressive} must be below "
+            f"prune.mild.macs = {mild}; the aggressive network is the smaller of the pair"
+        )
+    if recipe.certify.operating_loss not in recipe.certify.max_accuracy_loss:
+        raise RecipeError(
+            f"{where}: certify.operating_loss = {recipe.certify.operating_loss} must be one of "
+            f"certify.max_accuracy_loss = {list(recipe.certify.max_accuracy_loss)}"
+        )
+    if not recipe.name or recipe.name in (".", "..") or set(recipe.name) & set("/\\\0"):
+        raise RecipeError(f"{where}: name = '{recipe.name}' must be usable as a folder's name")
+
+
+def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
+    """Paths in a recipe are relative to the recipe's folder (a built-in's: to the current one)."""
+
+    def absolute(value: str | None) -> str | None:
+        return value if value is None else str((base / Path(value).expanduser()).resolve())
+
+    def code(value: str) -> str:
+        place, separator, function = value.rpartition(":")
+        return f"{absolute(place)}:{function}" if separator and place.endswith(".py") else value
+
+    replace = dataclasses.replace
+    return replace(
+        recipe,
+        model=replace(
+            recipe.model,
+            factory=code(recipe.model.factory),
+            weights=absolute(recipe.model.weights),
+        ),
+        data=replace(
+            recipe.data, source=code(recipe.data.source), path=absolute(recipe.data.path)
+        ),
+        task=replace(recipe.task, loss=code(recipe.task.loss), metric=code(recipe.task.metric)),
+    )

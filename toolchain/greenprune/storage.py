@@ -1,0 +1,125 @@
+"""Files that are either whole or absent: atomic writes, folders and checksums (device side)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from greenprune.errors import StorageError
+
+PARTIAL_PREFIX = ".partial-"
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError below into a StorageError that names ``path`` and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "the disk is full; free some space and run the same command again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "no permission; choose another folder or change its permissions"
+        else:
+            advice = error.strerror or str(error)
+        raise StorageError(f"{error.filename or path}: cannot be written: {advice}") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, whole.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable; ``path`` is untouched.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, content: str) -> None:
+    """:func:`write_bytes` of UTF-8 text."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """:func:`write_bytes` of indented JSON; NaN and infinity are refused, they are not JSON."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(destination: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``destination`` on success and vanishes on failure.
+
+    An existing ``destination`` is replaced. A process killed inside leaves only a
+    ``.partial-`` folder, which :func:`remove_partial` clears.
+    """
+    with storage_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f"{PARTIAL_PREFIX}{destination.name}-", dir=destination.parent)
+        )
+        temporary.chmod(0o755)
+    try:
+        with storage_errors(destination):
+            yield temporary
+            _sync_files(temporary)
+            if destination.exists():
+                old = destination.with_name(f"{PARTIAL_PREFIX}old-{temporary.name}")
+                destination.replace(old)
+                temporary.replace(destination)
+                shutil.rmtree(old)
+            else:
+                temporary.replace(destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``."""
+    for path in folder.glob(f"{PARTIAL_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of(content: Any) -> str:
+    """The SHA-256 of JSON-like ``content`` in canonical form."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
