@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from greenprune._version import __version__
 
 if TYPE_CHECKING:
-    from greenprune.api import bench, explain, export, prune, report, run
+    from greenprune.api import bench, explain, export, prune, prune_network, report, run
     from greenprune.errors import GreenpruneError
 
 _PLACES = {
@@ -21,6 +21,7 @@ _PLACES = {
     "explain": "greenprune.api",
     "export": "greenprune.api",
     "prune": "greenprune.api",
+    "prune_network": "greenprune.api",
     "report": "greenprune.api",
     "run": "greenprune.api",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "export",
     "prune",
+    "prune_network",
     "report",
     "run",
 ]

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from greenprune import schema, storage
+from greenprune.errors import BundleError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -93,7 +107,8 @@ class SelectorRecord:
     """Of the row the session starts with; None routes everything to mild."""
     table: tuple[DialRow, ...]
     certified_on: str = ""
-    """Runtime, precision and provider that the certificate was made on."""
+    """Runtime, precision and provider that the certificate was made on, in this order, as in
+    ``onnxruntime fp32 cpu``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +148,278 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, seed, recipe, hashes of the networks."""
     files: dict[str, FileEntry] = field(default_factory=dict)
+
+
+VARIANTS = ("dense", "mild", "aggressive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An opened bundle. Every file is checked, path, size and SHA-256, each time it is asked for,
+    before anything reads it."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Path of the checked file ``name`` and of all that a runtime opens with it.
+
+        What is named alike but for the suffix (OpenVINO's ``mild.xml`` and ``mild.bin``) belongs
+        together and is checked together.
+
+        Raises:
+            BundleError: the path leaves the bundle, the file is missing, not listed or changed.
+        """
+        path = self._locate(name)
+        listed = {entry for entry in self.manifest.files if _stem(entry) == _stem(name)}
+        # a runtime finds the companion by its name: one that nobody listed must not get in
+        present = {
+            (PurePosixPath(name).parent / found.name).as_posix()
+            for found in path.parent.iterdir()
+            if found.is_file() and _stem(found.name) == _stem(PurePosixPath(name).name)
+        }
+        for entry in sorted(listed | present):
+            self._read_checked(entry)
+        return path
+
+    def read_array(self, name: str) -> NDArray[Any]:
+        """The array in the ``.npy`` file ``name``; what is parsed is what was checked.
+
+        Raises:
+            BundleError: as :meth:`file`; or the file is not an array of plain numbers.
+        """
+        content = self._read_checked(name)
+        try:
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, OSError, MemoryError) as error:
+            raise BundleError(
+                f"{self.path / name}: expected a .npy array of plain numbers: {error}; "
+                "make the bundle again"
+            ) from error
+        if not isinstance(array, np.ndarray):
+            raise BundleError(
+                f"{self.path / name}: expected one .npy array, found an archive; "
+                "make the bundle again"
+            )
+        return array
+
+    def artifact(self, variant: str, runtime: str) -> Path:
+        """The checked main file of a variant's compiled artifact.
+
+        Raises:
+            BundleError: as :meth:`file`; or the bundle has no such artifact.
+        """
+        artifacts = self.manifest.variants[variant].artifacts
+        if runtime not in artifacts:
+            offered = ", ".join(sorted(artifacts)) or "none"
+            raise BundleError(
+                f"{self.path}: no artifact of the {variant} network for the runtime '{runtime}'; "
+                f"this bundle has: {offered}; choose one of these or export for '{runtime}'"
+            )
+        return self.file(artifacts[runtime])
+
+    def verify(self) -> None:
+        """Check every file of the bundle.
+
+        Raises:
+            BundleError: the first file that is missing or changed.
+        """
+        for name in self.manifest.files:
+            self._read_checked(name)
+
+    def _locate(self, name: str) -> Path:
+        """The file's path, proved to be a listed one inside the bundle."""
+        if not _is_safe(name):
+            raise BundleError(
+                f"{self.path / MANIFEST}: unsafe path {name!r}: expected one relative to the "
+                "bundle and inside it; do not use this bundle"
+            )
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.path}: '{name}' is not listed in {MANIFEST}; expected only listed files; "
+                "make or copy the bundle again"
+            )
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(
+                f"{path}: a link that leaves the bundle, to {path.resolve()}; expected a file "
+                "inside; do not use this bundle"
+            )
+        if not path.is_file():
+            raise BundleError(f"{path}: the file is missing; copy the whole bundle again")
+        return path
+
+    def _read_checked(self, name: str) -> bytes:
+        path = self._locate(name)
+        expected = self.manifest.files[name]
+        with _readable(path):
+            found_bytes = path.stat().st_size
+            if found_bytes != expected.bytes:
+                raise BundleError(
+                    f"{path}: expected {expected.bytes} bytes, found {found_bytes}; the file is "
+                    "damaged or was changed: copy the bundle again"
+                )
+            content = path.read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if found != expected.sha256:
+            raise BundleError(
+                f"{path}: expected SHA-256 {expected.sha256}, found {found}; the file is damaged "
+                "or was changed: copy the bundle again"
+            )
+        return content
+
+
+def open_bundle(path: Path | str) -> Bundle:
+    """Read and check a bundle's manifest; its files are checked when they are asked for.
+
+    Raises:
+        BundleError: no bundle there; a manifest that is damaged, of another schema or in
+            contradiction with itself.
+    """
+    folder = Path(path)
+    where = folder / MANIFEST
+    if not where.is_file():
+        raise BundleError(
+            f"{folder}: expected a bundle, that is a folder with {MANIFEST}; found none; "
+            "make one with greenprune-export"
+        )
+    with _readable(where):
+        text = where.read_bytes()
+    try:
+        content = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BundleError(f"{where}: not valid JSON: {error}; copy the bundle again") from error
+    manifest = _decode(content, str(where))
+    return Bundle(path=folder, manifest=manifest)
+
+
+def write(
+    folder: Path, manifest: Manifest, files: Mapping[str, Path | bytes | NDArray[Any]]
+) -> Manifest:
+    """Write a bundle, whole or not at all; an existing one is replaced.
+
+    Args:
+        folder: where the bundle goes.
+        manifest: its ``files`` is filled here with sizes and checksums.
+        files: path in the bundle to a file to copy, its bytes, or an array to save as ``.npy``.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        BundleError: an unsafe path, a file that the manifest names and ``files`` lacks, an array
+            of objects.
+        StorageError: the disk is full or the place is not writable.
+    """
+    for name, content in files.items():
+        if not _is_safe(name) or name == MANIFEST:
+            raise BundleError(
+                f"{folder}: '{name}' cannot be a file of a bundle; expected a relative path with "
+                f"no '..', other than {MANIFEST}"
+            )
+        if isinstance(content, Path) and not content.is_file():
+            raise BundleError(f"{folder}: '{name}' should be a copy of {content}, which is no file")
+    with storage.atomic_folder(folder) as temporary:
+        entries = {}
+        for name, content in sorted(files.items()):
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_one(path, content)
+            entries[name] = FileEntry(sha256=storage.sha256(path), bytes=path.stat().st_size)
+        plain = schema.encode(dataclasses.replace(manifest, files=entries))
+        written = _decode(plain, str(folder / MANIFEST))
+        storage.write_json(temporary / MANIFEST, plain)
+    return written
+
+
+def update_manifest(path: Path | str, changes: Mapping[str, Any]) -> Manifest:
+    """Replace fields of a bundle's manifest, atomically: ``{"selector": SelectorRecord(...)}``.
+
+    Raises:
+        BundleError: an unknown field or a value that does not fit; the manifest is untouched.
+        StorageError: it cannot be written.
+    """
+    folder = Path(path)
+    plain = schema.encode(open_bundle(folder).manifest) | schema.encode(dict(changes))
+    manifest = _decode(plain, str(folder / MANIFEST))
+    storage.write_json(folder / MANIFEST, plain)
+    return manifest
+
+
+def _write_one(path: Path, content: Path | bytes | NDArray[Any]) -> None:
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        try:
+            np.save(path, content, allow_pickle=False)
+        except ValueError as error:
+            raise BundleError(
+                f"{path.name}: expected an array of plain numbers, got dtype {content.dtype}"
+            ) from error
+
+
+def _decode(content: Any, where: str) -> Manifest:
+    version = content.get("schema") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{where}: expected schema version {SCHEMA_VERSION}, found {version}; this greenprune "
+            "cannot read it: install the version that made the bundle, or make the bundle again"
+        )
+    manifest = schema.decode(content, Manifest, where, BundleError)
+    missing = [name for name in VARIANTS if name not in manifest.variants]
+    if missing:
+        raise BundleError(
+            f"{where}: expected the variants {', '.join(VARIANTS)}; missing: {', '.join(missing)}"
+        )
+    for name in _mentioned(manifest):
+        if name not in manifest.files:
+            raise BundleError(
+                f"{where}: names '{name}', which is not among the bundle's files; "
+                "make the bundle again"
+            )
+    prepared = manifest.preprocessing
+    if prepared and not len(prepared.mean) == len(prepared.std) == prepared.channels:
+        raise BundleError(
+            f"{where}: key 'preprocessing': expected {prepared.channels} entries in mean and std, "
+            f"found {len(prepared.mean)} and {len(prepared.std)}; make the bundle again"
+        )
+    return manifest
+
+
+def _mentioned(manifest: Manifest) -> Iterator[str]:
+    """Every path that the manifest names."""
+    for variant in manifest.variants.values():
+        yield variant.graph
+        yield from variant.artifacts.values()
+        yield from variant.reference_outputs.values()
+    for sample in dataclasses.astuple(manifest.samples):
+        if sample is not None:
+            yield sample
+
+
+def _is_safe(name: str) -> bool:
+    """A plain relative path in POSIX form that cannot leave the bundle."""
+    path = PurePosixPath(name)
+    return (
+        bool(name)
+        and path.as_posix() == name
+        and not path.is_absolute()
+        and not {"..", "."} & set(path.parts)
+        and not any(sign in name for sign in "\\:\0")
+    )
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).with_suffix("").as_posix()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read: {error.strerror or error}; check its permissions"
+        ) from error

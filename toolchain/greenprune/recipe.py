@@ -8,6 +8,7 @@ may also be ``"path/to/file.py:function"``, relative to the recipe's folder.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from greenprune import schema
-from greenprune.errors import RecipeError
+from greenprune.errors import RecipeError, RunError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -310,3 +311,16 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         ),
         task=replace(recipe.task, loss=code(recipe.task.loss), metric=code(recipe.task.metric)),
     )
+
+
+def read_back(path: Path) -> Recipe:
+    """The recipe that a run was made with, from its ``run.json``.
+
+    Raises:
+        RunError: the file is damaged or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise RunError(f"{path}: not a run's description ({error!r})") from error
+    return schema.decode(content, Recipe, str(path), RunError)

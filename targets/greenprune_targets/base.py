@@ -1,0 +1,79 @@
+"""What the pages of the targets share: looking at the machine, runtimes, honest refusals."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+from greenprune.errors import NotAvailableError
+from greenprune.registry import Capabilities, Runner
+
+ISA = (
+    "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 amx_tile amx_int8 "  # x86
+    "neon asimd asimdhp asimddp fphp i8mm bf16 sve sve2"  # Arm
+).split()
+"""Processor flags that decide which kernels a runtime picks."""
+
+
+class BaseTarget:
+    """Common part of the targets; a page gives the data and overrides what it can do."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def runtimes_here(self) -> tuple[str, ...]:
+        """Those of the target's runtimes that are installed on this machine."""
+        return tuple(runtime for runtime in self.capabilities.runtimes if find_spec(runtime))
+
+    def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
+        """Refuse: this target compiles nothing yet."""
+        raise NotAvailableError(self._missing())
+
+    def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
+        """Refuse: this target opens nothing yet."""
+        raise NotAvailableError(self._missing())
+
+    def probe(self) -> dict[str, Any]:
+        """This machine's processor and the versions of the target's runtimes (None: absent)."""
+        return processor() | {
+            "versions": {runtime: version(runtime) for runtime in self.capabilities.runtimes}
+        }
+
+    def _missing(self) -> str:
+        return f"{self.name}: {self.capabilities.status.removeprefix('not available yet: ')}"
+
+
+def processor(root: Path = Path("/")) -> dict[str, Any]:
+    """Model, architecture, instruction sets and core count, read from ``root``/proc/cpuinfo.
+
+    The model is None where the system does not tell.
+    """
+    fields: dict[str, str] = {}
+    try:
+        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        key, separator, value = line.partition(":")
+        if separator:
+            fields.setdefault(key.strip().lower(), value.strip())
+    flags = set(fields.get("flags", fields.get("features", "")).split())
+    return {
+        "cpu": fields.get("model name") or fields.get("hardware"),
+        "architecture": platform.machine(),
+        "isa": [flag for flag in ISA if flag in flags],
+        "logical_cores": os.cpu_count(),
+    }
+
+
+def version(package: str) -> str | None:
+    """Installed version of ``package``; None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

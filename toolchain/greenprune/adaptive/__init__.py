@@ -1,0 +1,1 @@
+"""The pair and its selector, host side: training, evaluation, one graph with two outputs."""

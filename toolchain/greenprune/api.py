@@ -1,0 +1,247 @@
+"""The public functions; every command is a thin page over one of these."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from greenprune import recipe as recipes
+from greenprune import storage
+from greenprune.errors import RunError, StorageError
+from greenprune.harness import Results
+from greenprune.harness import bench as bench
+from greenprune.pipeline import RUN_FILE, Job, execute, read_stage
+from greenprune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from greenprune.pruning.surgery import Explanation
+
+RUNS = Path("runs")
+
+
+def run(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    runs: Path = RUNS,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """The whole way: from a recipe to a measured bundle, an account and a report.
+
+    Args:
+        recipe: a :class:`Recipe`, a TOML file, a built-in recipe's name; None: ``lenet5-digits``.
+        overrides: ``"section.key=value"`` strings.
+        runs: the folder that holds all runs.
+        name: the run's folder name; the recipe's name by default.
+
+    Returns:
+        The summary that ``greenprune run --json`` prints; also ``summary.json`` in the run.
+
+    Raises:
+        GreenpruneError: with what was expected, what came and what to do.
+    """
+    from greenprune import stages, summary
+
+    job = open_job(recipe, overrides=overrides, runs=runs, name=name)
+    _use_threads(job.recipe.threads)
+    execute(job, stages.of(job.recipe))
+    made = summary.summarise(job)
+    storage.write_json(job.folder / "summary.json", made)
+    return made
+
+
+def prune(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    runs: Path = RUNS,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """The same way as :func:`run`, up to the fine-tuned networks, which are in the run's folder."""
+    from greenprune import stages
+
+    job = open_job(recipe, overrides=overrides, runs=runs, name=name)
+    _use_threads(job.recipe.threads)
+    execute(job, stages.host_stages())
+    return {
+        "run": str(job.folder),
+        "variants": {
+            variant: {
+                **{
+                    key: job.results(stage)[key] for key in ("accuracy", "macs", "params")
+                },
+                "network": str(job.place(stage) / stages.NETWORK),
+            }
+            for variant, stage in (
+                ("dense", "train"),
+                ("mild", "finetune-mild"),
+                ("aggressive", "finetune-aggressive"),
+            )
+        },
+    }
+
+
+def prune_network(
+    network: nn.Module,
+    images: Tensor,
+    *,
+    macs: float = 0.5,
+    method: str = "drp",
+    width_multiple: int = 8,
+) -> nn.Module:
+    """Prune a network in memory, in one shot, with the mask proof; fine-tune it afterwards.
+
+    Args:
+        network: in eval mode, on the CPU.
+        images: normalised inputs to score with, float32 [N, C, H, W], N >= 2.
+        macs: share of the MACs that may stay.
+        method: ``drp``, ``magnitude`` or ``random``.
+        width_multiple: kept widths are multiples of this.
+
+    Raises:
+        PruningError: the network cannot be traced, or the budget is out of reach.
+        ProofError: the compact network is not equal to the masked one.
+    """
+    from greenprune.pruning import budget, surgery
+    from greenprune.pruning.graph import analyse
+    from greenprune.pruning.scores import score
+
+    analysis = analyse(network, images[:2])
+    scores = score(network, analysis, images, method=method)
+    removed = budget.choose(analysis, scores, macs=macs, width_multiple=width_multiple)
+    return surgery.prune_channels(network, images[:2], removed)
+
+
+def explain(network: nn.Module, example_input: Tensor) -> Explanation:
+    """Which channels of ``network`` can be pruned together, and what is frozen and why."""
+    from greenprune.pruning import surgery
+
+    return surgery.explain(network, example_input)
+
+
+def export(
+    run_folder: Path | None = None,
+    *,
+    target: str = "x86",
+    precision: str = "fp32",
+    output: Path | None = None,
+    runs: Path = RUNS,
+) -> Path:
+    """A bundle of a finished run for one target.
+
+    Args:
+        run_folder: a run; None: the newest finished one in ``runs``.
+        target: as ``greenprune targets`` lists them.
+        precision: ``fp32``, and what the target offers.
+        output: the bundle's folder; by default ``<run name>-<target>.bundle``.
+        runs: the folder that holds all runs.
+
+    Raises:
+        RunError: there is no finished run.
+        StorageError: ``output`` exists and is not a bundle.
+        TargetError, NotAvailableError, ExportError: from the target.
+    """
+    from greenprune import deployment, registry, stages
+
+    registry.load_target(target)
+    job = finished_job(run_folder, runs=runs)
+    wanted = replace(job.recipe.compile, target=target, precision=precision)
+    job = Job(replace(job.recipe, compile=wanted), job.folder)
+    destination = output or Path(f"{job.recipe.name}-{target}.bundle")
+    if destination.exists() and not (destination / "manifest.json").is_file():
+        raise StorageError(
+            f"{destination}: exists and is not a bundle; choose another output with -o"
+        )
+    _use_threads(job.recipe.threads)
+    wanted_stages = stages.of(job.recipe)
+    last = [stage.name for stage in wanted_stages].index(job.bundle_stage)
+    execute(job, wanted_stages[: last + 1])
+    with storage.atomic_folder(destination) as folder:
+        shutil.copytree(deployment.bundle_folder(job), folder, dirs_exist_ok=True)
+    return destination
+
+
+def report(
+    run_folder: Path | None = None, *, output: Path | None = None, runs: Path = RUNS
+) -> Path:
+    """Write a finished run's report again; by default in the run's folder, as ``report.html``."""
+    from greenprune import summary
+    from greenprune.nncec.report import write_report
+
+    job = finished_job(run_folder, runs=runs)
+    destination = output or job.folder / "report.html"
+    write_report(destination, **summary.report_input(job))
+    return destination
+
+
+def open_job(
+    recipe: Recipe | str | Path | None,
+    *,
+    overrides: Sequence[str] = (),
+    runs: Path = RUNS,
+    name: str | None = None,
+) -> Job:
+    """The job that a recipe describes, in its run folder."""
+    loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    return Job(loaded, runs / (name or loaded.name))
+
+
+def finished_job(run_folder: Path | None, *, runs: Path = RUNS) -> Job:
+    """A run whose networks are finished; None: the newest one in ``runs``.
+
+    Raises:
+        RunError: there is none, or it is not finished.
+    """
+    if run_folder is None:
+        finished = [path for path in runs.glob("*") if _networks_finished(path)]
+        if not finished:
+            raise RunError(
+                f"{runs}: no finished run here; expected one made by `greenprune run`; "
+                "run that first, or name a run's folder"
+            )
+        run_folder = max(finished, key=lambda path: _last_stage(path).stat().st_mtime)
+    elif not run_folder.is_dir() and (runs / run_folder).is_dir():
+        run_folder = runs / run_folder
+    if not (run_folder / RUN_FILE).is_file():
+        raise RunError(f"{run_folder}: not a run; expected a folder that `greenprune run` made")
+    if not _networks_finished(run_folder):
+        raise RunError(
+            f"{run_folder}: this run has not finished fine-tuning; `greenprune run` with the same "
+            "recipe and --name goes on where it stopped"
+        )
+    return Job(recipes.read_back(run_folder / RUN_FILE), run_folder)
+
+
+def _last_stage(run_folder: Path) -> Path:
+    return run_folder / "finetune-aggressive" / "stage.json"
+
+
+def _networks_finished(run_folder: Path) -> bool:
+    return (
+        read_stage(run_folder / "finetune-aggressive") is not None
+        and read_stage(run_folder / "finetune-mild") is not None
+    )
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+__all__ = [
+    "Results",
+    "bench",
+    "explain",
+    "export",
+    "prune",
+    "prune_network",
+    "report",
+    "run",
+]

@@ -1,0 +1,303 @@
+"""The commands: each parses, calls one public function and prints."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from greenprune._version import __version__
+from greenprune.errors import GreenpruneError
+from greenprune.progress import say
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+USER_MUST_ACT, INTERRUPTED = 2, 130
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs"),
+    show_default=True,
+    help="The folder that holds all runs.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``greenprune``."""
+    _guarded(commands, arguments, "greenprune")
+
+
+def export_main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``greenprune-export``."""
+    _guarded(export, arguments, "greenprune-export")
+
+
+def bench_main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``greenprune-bench``."""
+    _guarded(bench, arguments, "greenprune-bench")
+
+
+def _guarded(command: click.Command, arguments: Sequence[str] | None, name: str) -> None:
+    """Run a command and turn what the user must know into one message and an exit status."""
+    try:
+        status = command.main(arguments, prog_name=name, standalone_mode=False)
+    except click.exceptions.Abort:
+        status = _interrupted()
+    except KeyboardInterrupt:
+        status = _interrupted()
+    except click.ClickException as error:
+        error.show()
+        status = USER_MUST_ACT
+    except GreenpruneError as error:
+        say(f"{name}: {error}")
+        status = USER_MUST_ACT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        say(f"{name}: {error.filename or 'a file'}: the disk is full; free some space, try again")
+        status = USER_MUST_ACT
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _interrupted() -> int:
+    say("interrupted; the same command goes on where this one stopped")
+    return INTERRUPTED
+
+
+def _print_json(content: Any) -> None:
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="greenprune")
+def commands() -> None:
+    """Make a trained network small, let a selector pick per input, and measure what it costs.
+
+    \b
+    Examples:
+      greenprune run                        LeNet-5 on digits: the whole way, two minutes
+      greenprune run recipe.toml            your own network and images
+      greenprune-export --target x86        a bundle of the newest run
+      greenprune-bench BUNDLE               measure a bundle on this device
+      greenprune doctor                     what this machine can do
+    """
+
+
+def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        as_json,
+        click.option("--name", help="The run's name; by default the recipe's."),
+        runs_option,
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a key of the recipe, as in --set train.epochs=3; can be repeated.",
+        ),
+        click.argument("recipe", required=False),
+    ):
+        function = option(function)
+    return function
+
+
+@commands.command(context_settings=CONTEXT)
+@_recipe_options
+def run(
+    recipe: str | None, overrides: tuple[str, ...], runs: Path, name: str | None, as_json: bool
+) -> None:
+    """The whole way: from RECIPE to a measured bundle, an account and a report.
+
+    RECIPE is a TOML file or the name of a built-in recipe (see `greenprune recipes`); without it,
+    LeNet-5 on handwritten digits. A run that was stopped goes on where it stopped.
+
+    \b
+    Examples:
+      greenprune run
+      greenprune run recipe.toml --set prune.aggressive.macs=0.2
+      greenprune run resnet56-cifar10 --set model.weights=resnet56.th --json
+    """
+    from greenprune import api
+
+    summary = api.run(recipe, overrides=overrides, runs=runs, name=name)
+    if as_json:
+        _print_json(summary)
+        return
+    from greenprune.summary import print_summary
+
+    print_summary(summary)
+
+
+@commands.command(context_settings=CONTEXT)
+@_recipe_options
+def prune(
+    recipe: str | None, overrides: tuple[str, ...], runs: Path, name: str | None, as_json: bool
+) -> None:
+    """Up to the fine-tuned networks: train or load, sparsify, prune, fine-tune.
+
+    \b
+    Example:
+      greenprune prune recipe.toml --set prune.mild.macs=0.7
+    """
+    from greenprune import api
+
+    made = api.prune(recipe, overrides=overrides, runs=runs, name=name)
+    if as_json:
+        _print_json(made)
+        return
+    for variant, found in made["variants"].items():
+        click.echo(
+            f"{variant:<11}{found['accuracy']:>8.2%}{found['macs']:>14,} MACs"
+            f"{found['params']:>12,} parameters   {found['network']}"
+        )
+
+
+@commands.command(context_settings=CONTEXT)
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--target", default="x86", show_default=True, help="See `greenprune targets`.")
+@click.option("--precision", default="fp32", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle's folder.")
+@runs_option
+@as_json
+def export(
+    run: Path | None,
+    target: str,
+    precision: str,
+    output: Path | None,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Write a bundle of RUN (by default the newest finished run) for one target.
+
+    \b
+    Examples:
+      greenprune-export --target x86
+      greenprune-export runs/lenet5-digits --target x86 -o digits.bundle
+    """
+    from greenprune import api
+
+    bundle = api.export(run, target=target, precision=precision, output=output, runs=runs)
+    if as_json:
+        _print_json({"bundle": str(bundle), "target": target, "precision": precision})
+    else:
+        click.echo(f"{bundle}")
+
+
+@commands.command(context_settings=CONTEXT)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--preset",
+    type=click.Choice(["quick", "standard", "report", "mlperf-tiny"]),
+    default="standard",
+    show_default=True,
+    help="How long and how strictly to measure.",
+)
+@click.option("--meter", default="auto", show_default=True, help="See `greenprune doctor`.")
+@click.option("--threads", type=int, default=0, help="CPU threads; 0 means one for each core.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write results as JSON.")
+@as_json
+def bench(
+    bundle: Path, preset: str, meter: str, threads: int, output: Path | None, as_json: bool
+) -> None:
+    """Measure latency and joules of a BUNDLE on this device; needs no torch.
+
+    \b
+    Examples:
+      greenprune-bench digits.bundle
+      greenprune-bench digits.bundle --preset quick --json
+    """
+    from greenprune import harness, schema
+
+    results = harness.bench(bundle, preset=preset, meter=meter, threads=threads)
+    if output:
+        harness.write_results(output, results)
+    if as_json:
+        _print_json(schema.encode(results))
+    else:
+        harness.print_table(results)
+    if not results.validity.valid:
+        sys.exit(1)
+
+
+@commands.command(context_settings=CONTEXT)
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page to write.")
+@runs_option
+@as_json
+def report(run: Path | None, output: Path | None, runs: Path, as_json: bool) -> None:
+    """Write the HTML report of RUN (by default the newest finished run).
+
+    \b
+    Example:
+      greenprune report -o report.html
+    """
+    from greenprune import api
+
+    page = api.report(run, output=output, runs=runs)
+    if as_json:
+        _print_json({"report": str(page)})
+    else:
+        click.echo(f"{page}")
+
+
+@commands.command(context_settings=CONTEXT)
+@as_json
+def doctor(as_json: bool) -> None:
+    """What this machine can do: runtimes, meters, permissions and how to get them."""
+    from greenprune.harness import environment
+
+    found = environment.diagnose()
+    if as_json:
+        _print_json(found)
+    else:
+        environment.print_diagnosis(found)
+
+
+@commands.command(context_settings=CONTEXT)
+@as_json
+def targets(as_json: bool) -> None:
+    """The targets a bundle can be built for."""
+    from greenprune import registry, schema
+
+    found = [registry.load_target(name) for name in registry.available_targets()]
+    if as_json:
+        _print_json(
+            {
+                target.name: {
+                    "description": target.description,
+                    **schema.encode(target.capabilities),
+                    "runtimes_here": list(target.runtimes_here()),
+                }
+                for target in found
+            }
+        )
+        return
+    for target in found:
+        click.echo(f"{target.name:<9}{target.description}; {target.capabilities.status}")
+
+
+@commands.command(context_settings=CONTEXT)
+@as_json
+def recipes(as_json: bool) -> None:
+    """The built-in recipes."""
+    from greenprune.recipe import built_in_recipes
+
+    found = built_in_recipes()
+    if as_json:
+        _print_json(found)
+        return
+    for name, description in found.items():
+        click.echo(f"{name:<20}{description}")
+
+
+commands.add_command(export)
+commands.add_command(bench)
+
+if __name__ == "__main__":
+    main()

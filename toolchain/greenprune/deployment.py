@@ -1,0 +1,357 @@
+"""From graphs to a measured bundle: the stages after export, for one target."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from greenprune import bundle, models, schema, storage, training
+from greenprune.data import Split, normalise
+from greenprune.errors import NotAvailableError, RecipeError, TargetError
+from greenprune.harness import Results, bench, read_results, write_results
+from greenprune.nncec import account as accounting
+from greenprune.nncec import ledger
+from greenprune.nncec.report import write_report
+from greenprune.pipeline import LEDGER_FILE, RUN_FILE, Job, Stage, Work, versions
+from greenprune.registry import load_target
+from greenprune.runtime import decide
+from greenprune.runtime.runners import verify_artifact
+
+VARIANTS = ("dense", "mild", "aggressive")
+BATCH = 100
+
+
+def stages(target: str) -> list[Stage]:
+    """calibrate, compile, certify, bundle, bench, account, report: one set of folders a target."""
+
+    def of(section: str) -> Any:
+        return lambda job: schema.encode(getattr(job.recipe, section))
+
+    compiled, certified = f"compile-{target}", f"certify-{target}"
+    bundled, benched, accounted = f"bundle-{target}", f"bench-{target}", f"account-{target}"
+    return [
+        Stage("calibrate", calibrate, needs=("export",), depends=_calibrate_depends),
+        Stage(compiled, compile_artifacts, needs=("export",), depends=_compile_depends),
+        Stage(certified, certify, needs=(compiled, "selector"), depends=of("certify")),
+        Stage(bundled, write_bundle, needs=("calibrate", compiled, certified)),
+        Stage(benched, measure, needs=(bundled,), depends=of("bench")),
+        Stage(accounted, account, needs=(benched,), depends=of("account")),
+        Stage(f"report-{target}", report, needs=(accounted,)),
+    ]
+
+
+def _calibrate_depends(job: Job) -> Any:
+    return [job.recipe.compile.calibration_images, job.recipe.bench.replay_images]
+
+
+def _compile_depends(job: Job) -> Any:
+    return [schema.encode(job.recipe.compile), _runtimes(job)]
+
+
+def _runtimes(job: Job) -> list[str]:
+    settings = job.recipe.compile
+    target = load_target(settings.target)
+    here = list(target.runtimes_here())
+    wanted = list(settings.runtimes) or here
+    for runtime in wanted:
+        if runtime not in target.capabilities.runtimes:
+            raise TargetError(
+                f"compile.runtimes: target '{settings.target}' has no runtime '{runtime}'; "
+                f"expected some of {', '.join(target.capabilities.runtimes)}"
+            )
+    return wanted
+
+
+def calibrate(work: Work) -> dict[str, Any]:
+    """Draw the samples that the bundle carries: for calibration and for replaying."""
+    from greenprune_calibration.samples import draw_balanced
+
+    job = work.job
+    data, recipe = job.data, job.recipe
+    count = min(recipe.compile.calibration_images, len(data.train.targets))
+    drawn = draw_balanced(data.train.targets.numpy(), count, recipe.seed + 30)
+    replayed = slice(0, recipe.bench.replay_images)
+    arrays: dict[str, NDArray[Any]] = {
+        "calibration_inputs": _prepared(job, data.train.inputs[torch.from_numpy(drawn)]),
+        "replay_inputs": _prepared(job, data.test.inputs[replayed]),
+        "replay_targets": data.test.targets[replayed].numpy(),
+    }
+    for name, array in arrays.items():
+        np.save(work.folder / f"{name}.npy", array, allow_pickle=False)
+    return {name: len(array) for name, array in arrays.items()}
+
+
+def _prepared(job: Job, inputs: torch.Tensor) -> NDArray[np.float32]:
+    return normalise(inputs, job.data.preprocessing).numpy()
+
+
+def compile_artifacts(work: Work) -> dict[str, Any]:
+    """Compile each graph for each runtime; every artifact must reproduce its network."""
+    job = work.job
+    settings = job.recipe.compile
+    target = load_target(settings.target)
+    if settings.precision not in target.capabilities.precisions:
+        raise NotAvailableError(
+            f"precision '{settings.precision}' for target '{settings.target}'; "
+            f"it offers {', '.join(target.capabilities.precisions)}"
+        )
+    exported = job.place("export")
+    reference_input = np.load(exported / "reference_input.npy", allow_pickle=False)
+    artifacts: dict[str, dict[str, str]] = {variant: {} for variant in VARIANTS}
+    differences: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS}
+    for runtime in _runtimes(job):
+        for variant in VARIANTS:
+            made = target.compile(
+                exported / f"{variant}.onnx", runtime, work.folder / runtime, variant
+            )
+            parity = verify_artifact(
+                target,
+                made,
+                runtime,
+                reference_input,
+                _reference_outputs(exported, variant),
+                threads=job.recipe.threads,
+            )
+            artifacts[variant][runtime] = f"{runtime}/{made.name}"
+            differences[variant][runtime] = parity.largest_difference
+    return {"artifacts": artifacts, "largest_difference": differences}
+
+
+def _reference_outputs(folder: Path, variant: str) -> dict[str, NDArray[np.float32]]:
+    return {
+        path.stem.removeprefix(f"{variant}_"): np.load(path, allow_pickle=False)
+        for path in sorted(folder.glob(f"{variant}_*.npy"))
+    }
+
+
+def _default_runtime(job: Job) -> str:
+    built = list(job.results(f"compile-{job.recipe.compile.target}")["artifacts"]["dense"])
+    return str(built[0])
+
+
+def answers(job: Job, split: Split) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """What each deployed artifact answers to a split: variant -> output name -> array."""
+    target = load_target(job.recipe.compile.target)
+    place = job.place(f"compile-{target.name}")
+    runtime = _default_runtime(job)
+    found = {}
+    for variant in VARIANTS:
+        relative = job.results(f"compile-{target.name}")["artifacts"][variant][runtime]
+        runner = target.open(place / relative, runtime, job.recipe.threads)
+        try:
+            batches = [runner.run(_prepared(job, part)) for part in split.inputs.split(BATCH)]
+        finally:
+            runner.close()
+        found[variant] = {
+            name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
+        }
+    return found
+
+
+def _right(job: Job, logits: NDArray[np.float32], split: Split) -> NDArray[np.float64]:
+    metric = models.resolve(job.recipe.task.metric, RecipeError)[0]
+    scores = training.evaluate(torch.from_numpy(logits), split.targets, metric)
+    return scores.double().numpy()
+
+
+def certify(work: Work) -> dict[str, Any]:
+    """Certify thresholds on the deployed artifacts; report the pair on the test images."""
+    from greenprune_calibration.certificate import certify as certify_thresholds
+
+    from greenprune.stages import thresholds
+
+    job, settings = work.job, work.job.recipe.certify
+    split = job.data.certification
+    deployed = answers(job, split)
+    rows = certify_thresholds(
+        scores=deployed["aggressive"]["score"].astype(np.float64),
+        right_aggressive=_right(job, deployed["aggressive"]["logits"], split),
+        right_mild=_right(job, deployed["mild"]["logits"], split),
+        right_reference=_right(job, deployed["dense"]["logits"], split),
+        thresholds=thresholds(job),
+        losses=settings.max_accuracy_loss,
+        delta=settings.delta,
+        seed=job.recipe.seed + 40,
+    )
+    table = [schema.encode(row) for row in rows]
+    operating = next(
+        row for row in table if row["max_accuracy_loss"] == settings.operating_loss
+    )
+    threshold = operating["threshold"] if operating["certified"] else None
+    tested = _test_pair(job, threshold)
+    return {
+        "table": table,
+        "threshold": threshold,
+        "certified_on": f"{job.recipe.compile.target}, {_default_runtime(job)}, "
+        f"{job.recipe.compile.precision}",
+        "test": tested,
+        "headline": _promise(operating, tested),
+    }
+
+
+def _promise(row: dict[str, Any], tested: dict[str, Any]) -> str:
+    if not row["certified"]:
+        return f"not certified, so that mild answers everything: {row['reason']}"
+    return (
+        f"at most {row['max_accuracy_loss'] * 100:.1f} points below the dense network with "
+        f"{1 - row['delta']:.0%} confidence (n = {row['n']:,}): accepts {tested['coverage']:.0%}"
+    )
+
+
+def _test_pair(job: Job, threshold: float | None) -> dict[str, Any]:
+    split = job.data.test
+    deployed = answers(job, split)
+    right = {name: _right(job, found["logits"], split) for name, found in deployed.items()}
+    accepted = decide(deployed["aggressive"]["score"], threshold)
+    pair = np.where(accepted, right["aggressive"], right["mild"])
+    return {
+        "images": len(pair),
+        "coverage": float(accepted.mean()),
+        "accuracy": {
+            **{name: float(values.mean()) for name, values in right.items()},
+            "pair": float(pair.mean()),
+        },
+    }
+
+
+def write_bundle(work: Work) -> dict[str, Any]:
+    """Assemble what is shipped."""
+    job = work.job
+    target = job.recipe.compile.target
+    exported, compiled = job.place("export"), job.place(f"compile-{target}")
+    files: dict[str, Any] = {
+        f"samples/{path.name}": path
+        for place in (job.place("calibrate"), exported)
+        for path in sorted(place.glob("*.npy"))
+    }
+    files |= {f"graphs/{name}.onnx": exported / f"{name}.onnx" for name in VARIANTS}
+    files |= {
+        f"artifacts/{path.relative_to(compiled)}": path
+        for path in sorted(compiled.rglob("*"))
+        if path.is_file() and path.parent != compiled
+    }
+    manifest = bundle.write(work.folder / "bundle", _manifest(job), files)
+    return {"bytes": sum(entry.bytes for entry in manifest.files.values())}
+
+
+def _manifest(job: Job) -> bundle.Manifest:
+    recipe, data = job.recipe, job.data
+    certified = job.results(f"certify-{recipe.compile.target}")
+    selector = job.results("selector")
+    shape = tuple(int(size) for size in data.train.inputs.shape[1:])
+    return bundle.Manifest(
+        schema=bundle.SCHEMA_VERSION,
+        name=recipe.name,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        target=recipe.compile.target,
+        precision=recipe.compile.precision,
+        runtime=_default_runtime(job),
+        input=bundle.TensorSpec(name="input", shape=(None, *shape), dtype="float32"),
+        outputs=(
+            bundle.TensorSpec(
+                name="logits", shape=(None, len(data.class_names)), dtype="float32"
+            ),
+        ),
+        preprocessing=data.preprocessing,
+        class_names=data.class_names,
+        variants={variant: _variant(job, variant) for variant in VARIANTS},
+        selector=bundle.SelectorRecord(
+            kind=selector["kind"],
+            reason=selector["reason"],
+            reference="dense",
+            threshold=certified["threshold"],
+            table=tuple(bundle.DialRow(**row) for row in certified["table"]),
+            certified_on=certified["certified_on"],
+        ),
+        samples=bundle.Samples(
+            reference_input="samples/reference_input.npy",
+            calibration_inputs="samples/calibration_inputs.npy",
+            replay_inputs="samples/replay_inputs.npy",
+            replay_targets="samples/replay_targets.npy",
+        ),
+        provenance={
+            "recipe": schema.encode(recipe),
+            "seed": recipe.seed,
+            "versions": versions(),
+            "networks": {
+                variant: storage.sha256(_network_folder(job, variant) / "weights.safetensors")
+                for variant in VARIANTS
+            },
+        },
+    )
+
+
+def _network_stage(variant: str) -> str:
+    return "train" if variant == "dense" else f"finetune-{variant}"
+
+
+def _network_folder(job: Job, variant: str) -> Path:
+    return job.place(_network_stage(variant)) / "network"
+
+
+def _variant(job: Job, variant: str) -> bundle.Variant:
+    described = job.results(_network_stage(variant))
+    artifacts = job.results(f"compile-{job.recipe.compile.target}")["artifacts"][variant]
+    return bundle.Variant(
+        graph=f"graphs/{variant}.onnx",
+        artifacts={runtime: f"artifacts/{path}" for runtime, path in artifacts.items()},
+        macs=described["macs"],
+        params=described["params"],
+        accuracy=described["accuracy"],
+        reference_outputs={
+            path.stem.removeprefix(f"{variant}_"): f"samples/{path.name}"
+            for path in sorted(job.place("export").glob(f"{variant}_*.npy"))
+        },
+    )
+
+
+def bundle_folder(job: Job) -> Path:
+    """The finished bundle."""
+    return job.place(job.bundle_stage) / "bundle"
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Measure every variant on every runtime, each in a process of its own, without torch."""
+    job, settings = work.job, work.job.recipe.bench
+    results = bench(
+        bundle_folder(job),
+        preset=settings.preset,
+        meter=settings.meter,
+        threads=job.recipe.threads,
+        seed=job.recipe.seed,
+    )
+    write_results(work.folder / "results.json", results)
+    return {"preset": settings.preset, "valid": results.validity.valid}
+
+
+def results_of(job: Job) -> Results:
+    """What the bench stage measured."""
+    return read_results(job.place(f"bench-{job.recipe.compile.target}") / "results.json")
+
+
+def account(work: Work) -> dict[str, Any]:
+    """The carbon account: what the stages cost, what an inference costs, when it has paid."""
+    job, settings = work.job, work.job.recipe.account
+    made = accounting.account(
+        ledger.read(job.folder / LEDGER_FILE),
+        results_of(job),
+        intensity_g_per_kwh=settings.intensity_g_per_kwh,
+        pue=settings.pue,
+        inferences=settings.inferences,
+    )
+    content: dict[str, Any] = schema.encode(made)
+    storage.write_json(work.folder / "account.json", content)
+    return {}
+
+
+def report(work: Work) -> dict[str, Any]:
+    """The page for people."""
+    from greenprune.summary import report_input
+
+    write_report(work.folder / "report.html", **report_input(work.job))
+    return {}

@@ -1,0 +1,125 @@
+"""nn.Module -> ONNX, checked against the network it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from greenprune.errors import ExportError, MissingPackageError
+
+OPSET = 20
+"""fp16 and int8 Q/DQ check from 19 on; ONNX Runtime's static quantisation stops below 21."""
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest output, that float32 reordering explains."""
+
+
+def export_onnx(
+    network: nn.Module, example: Tensor, path: Path, output_names: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Write ``network`` as an ONNX graph with a free batch and check it with ONNX Runtime.
+
+    Args:
+        network: in eval mode; one tensor in, one tensor or a tuple of them out.
+        example: float32 [N, C, H, W], N >= 2, normalised images to check with.
+        path: the ``.onnx`` file to write; weights are inside it.
+        output_names: one for each output.
+
+    Returns:
+        The network's own answers to ``example``, by output name.
+
+    Raises:
+        ExportError: the network cannot be exported, or the graph answers something else.
+        MissingPackageError: onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(error.name or "onnx", "host") from error
+
+    network = network.eval()
+    with torch.no_grad():
+        answers = network(example)
+    outputs = answers if isinstance(answers, tuple) else (answers,)
+    if len(outputs) != len(output_names) or not all(isinstance(out, Tensor) for out in outputs):
+        raise ExportError(
+            f"{path.name}: expected {len(output_names)} output tensors "
+            f"({', '.join(output_names)}), the network gives {len(outputs)}"
+        )
+    try:
+        with _quiet():
+            torch.onnx.export(
+                network,
+                (example[:2],),
+                path,
+                input_names=["input"],
+                output_names=list(output_names),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:
+        raise ExportError(f"{path.name}: the network cannot be exported to ONNX: {error}") from error
+    references = {
+        name: np.asarray(out.detach().cpu().numpy(), dtype=np.float32)
+        for name, out in zip(output_names, outputs, strict=True)
+    }
+    check(path, example, references)
+    return references
+
+
+def check(path: Path, example: Tensor, references: dict[str, NDArray[np.float32]]) -> float:
+    """Largest relative difference between a graph's answers and ``references``.
+
+    Raises:
+        ExportError: it is above :data:`TOLERANCE`, or the batch is not free.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in (len(example), 1):
+        names = list(references)
+        answers = session.run(names, {"input": example[:count].numpy()})
+        for name, answer in zip(names, answers, strict=True):
+            reference = references[name][:count]
+            scale = max(float(np.abs(reference).max()), 1e-12)
+            worst = max(worst, float(np.abs(answer - reference).max()) / scale)
+    if not worst <= TOLERANCE:
+        raise ExportError(
+            f"{path.name}: the graph differs from the network by {worst:.2e} of its largest "
+            f"output; at most {TOLERANCE:.0e} is expected"
+        )
+    return worst
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress and its remarks on its own insides are not for our users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stderr(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

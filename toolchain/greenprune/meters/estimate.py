@@ -1,0 +1,120 @@
+"""The estimate for machines without a meter: a model of power, driven by the process's CPU time.
+
+With a known TDP the power of a loaded processor follows Boavizta's four points, 12, 32, 75 and
+102 % of TDP at 0, 10, 50 and 100 % load; its interval goes from CodeCarbon's cubic curve,
+TDP x (0.1 + 0.9 load^3), to the whole TDP. For an unknown processor a busy core takes between 4 W
+(CodeCarbon) and 12 W (Green Algorithms); the value is their middle, and an idle core takes nothing.
+The load is this process's and its children's share of the processor: other programs are not
+counted.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+
+import psutil
+
+from greenprune.meters._pyjoules import Device, Domain
+
+LOW_WATTS_PER_CORE = 4.0
+HIGH_WATTS_PER_CORE = 12.0
+_CURVE = ((0.0, 0.12), (0.1, 0.32), (0.5, 0.75), (1.0, 1.02))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power:
+    """Watts: the model's value and the ends of its interval."""
+
+    low: float
+    value: float
+    high: float
+
+
+def power(busy_cores: float, cores: int, tdp_watts: float | None) -> Power:
+    """Watts drawn while ``busy_cores`` of ``cores`` work.
+
+    Args:
+        busy_cores: CPU seconds for each second, 0 to ``cores``.
+        cores: logical processors of the machine.
+        tdp_watts: thermal design power of all of them together; None where it is not known.
+    """
+    if tdp_watts is None:
+        low, high = LOW_WATTS_PER_CORE * busy_cores, HIGH_WATTS_PER_CORE * busy_cores
+        return Power(low=low, value=(low + high) / 2, high=high)
+    load = min(busy_cores / cores, 1.0)
+    value = tdp_watts * _curve(load)
+    low = tdp_watts * (0.1 + 0.9 * load**3)
+    return Power(low=min(low, value), value=value, high=max(tdp_watts, value))
+
+
+def _curve(load: float) -> float:
+    for (left, start), (right, end) in pairwise(_CURVE):
+        if load <= right:
+            return start + (end - start) * (load - left) / (right - left)
+    return _CURVE[-1][1]
+
+
+class EstimateDomain(Domain):  # type: ignore[misc]
+    """One end of the model's interval, or its value."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def get_device_type(self) -> str:
+        return "greenprune_estimate"
+
+
+class EstimateDevice(Device):  # type: ignore[misc]
+    """pyJoules device whose domains are ``low``, ``value`` and ``high``, in microjoules."""
+
+    def __init__(self, tdp_watts: float | None) -> None:
+        super().__init__()
+        self.configure()
+        self._tdp_watts = tdp_watts
+        self._cores = os.cpu_count() or 1
+        self._process = psutil.Process()
+        self._lock = threading.Lock()
+        self._joules = [0.0, 0.0, 0.0]
+        self._children_seconds = 0.0
+        self._cpu_seconds = self._read_cpu_seconds()
+        self._clock = time.monotonic()
+
+    @staticmethod
+    def available_domains() -> list[Domain]:
+        return [EstimateDomain(name) for name in ("low", "value", "high")]
+
+    def get_energy(self) -> list[float]:
+        """Microjoules since the device was opened: low, value, high."""
+        with self._lock:
+            cpu_seconds, clock = self._read_cpu_seconds(), time.monotonic()
+            seconds = clock - self._clock
+            if seconds > 0:
+                busy = (cpu_seconds - self._cpu_seconds) / seconds
+                watts = power(busy, self._cores, self._tdp_watts)
+                for index, part in enumerate((watts.low, watts.value, watts.high)):
+                    self._joules[index] += part * seconds
+                self._cpu_seconds, self._clock = cpu_seconds, clock
+            return [joules * 1e6 for joules in self._joules]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _read_cpu_seconds(self) -> float:
+        """CPU seconds of this process and of its children, those alive and those that ended."""
+        ended = self._process.cpu_times()
+        children = ended.children_user + ended.children_system
+        for child in self._process.children(recursive=True):
+            try:
+                children += sum(child.cpu_times()[:4])
+            except psutil.Error:
+                continue  # it ended between the two calls; its parent's sums have it next time
+        # A child on its way from one sum to the other must not make the total go back.
+        self._children_seconds = max(self._children_seconds, children)
+        return time.process_time() + self._children_seconds

@@ -1,0 +1,110 @@
+"""Targets by name, loaded when asked for; what a target and a runner are (device side)."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from greenprune.errors import TargetError
+
+TARGETS = {
+    "x86": "greenprune_targets.x86:X86",
+    "arm": "greenprune_targets.arm:Arm",
+    "cuda": "greenprune_targets.cuda:Cuda",
+    "jetson": "greenprune_targets.jetson:Jetson",
+    "eyeriss": "greenprune_targets.eyeriss:Eyeriss",
+}
+ENTRY_POINTS = "greenprune.targets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a target can do; readable without its runtimes."""
+
+    precisions: tuple[str, ...]
+    runtimes: tuple[str, ...]
+    """In order of preference."""
+    opset: int
+    """ONNX opset that graphs for it are written in."""
+    width_multiple: int
+    """Channel counts on multiples of this use its kernels fully."""
+    meters: tuple[str, ...]
+    """Energy meters that it may have."""
+    status: str = "ready"
+    """``ready``, or what is missing: ``not available yet: ...``."""
+
+
+class Runner(Protocol):
+    """A compiled network, opened. ``run`` may be called from several threads at once."""
+
+    input_name: str
+    output_names: tuple[str, ...]
+
+    def run(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Outputs by name, the batch first, of float32 inputs [N, C, H, W]."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; no ``run`` after it."""
+        ...
+
+
+class Target(Protocol):
+    """A kind of device: data plus few methods. Checks are in the callers
+    (:mod:`greenprune.runtime.artifacts`)."""
+
+    name: str
+    description: str
+    capabilities: Capabilities
+
+    def runtimes_here(self) -> tuple[str, ...]:
+        """Those of the target's runtimes that are installed on this machine."""
+        ...
+
+    def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
+        """Compile an ONNX graph into ``folder``; the artifact's main file, ``<name>.<suffix>``."""
+        ...
+
+    def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
+        """Open an artifact; 0 threads means one for each core."""
+        ...
+
+    def probe(self) -> dict[str, Any]:
+        """This machine, as the target sees it: processor, instruction sets, versions."""
+        ...
+
+
+def available_targets() -> dict[str, str]:
+    """Every target's name and ``module:class``: the built-in ones, then other packages' (entry
+    points of the group ``greenprune.targets``), which cannot take a built-in name."""
+    from importlib.metadata import entry_points
+
+    others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    return TARGETS | {name: place for name, place in others.items() if name not in TARGETS}
+
+
+def load_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        TargetError: there is none of that name, or its package does not load.
+    """
+    place = TARGETS.get(name) or available_targets().get(name)
+    if place is None:
+        known = sorted(available_targets())
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise TargetError(f"unknown target '{name}'{hint}; expected one of: {', '.join(known)}")
+    module, _, attribute = place.partition(":")
+    try:
+        return cast(Target, getattr(import_module(module), attribute)())
+    except (ImportError, AttributeError) as error:
+        raise TargetError(
+            f"target '{name}': {place} cannot be loaded: {error}; install its package again"
+        ) from error

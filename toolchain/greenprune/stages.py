@@ -1,0 +1,345 @@
+"""What each stage does: the rooms below, joined by files. Data flows one way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from greenprune import export, models, schema, sparsity, storage, training
+from greenprune.adaptive import selector as selecting
+from greenprune.data import Data, Split, normalise
+from greenprune.errors import DataError, RecipeError, WeightsError
+from greenprune.pipeline import Job, Stage, Work
+from greenprune.pruning import budget, cost, record, surgery
+from greenprune.pruning.graph import Analysis, analyse
+from greenprune.pruning.scores import score
+from greenprune.recipe import Recipe
+
+NETWORK = "network"
+PRUNED = ("mild", "aggressive")
+VARIANTS = ("dense", *PRUNED)
+REFERENCE_IMAGES = 16
+BATCHNORM_IMAGES = 1024
+
+
+def host_stages() -> list[Stage]:
+    """From the recipe to the fine-tuned networks."""
+    return [
+        Stage("train", train, depends=_train_depends),
+        Stage("sparsify", sparsify, needs=("train",), depends=lambda job: _of(job, "sparsify")),
+        Stage("prune", prune, needs=("sparsify",), depends=lambda job: _of(job, "prune")),
+        *(
+            Stage(
+                f"finetune-{variant}",
+                finetune(variant),
+                needs=("train", "prune"),
+                depends=_finetune_depends(variant),
+            )
+            for variant in PRUNED
+        ),
+    ]
+
+
+def _of(job: Job, section: str) -> Any:
+    return schema.encode(getattr(job.recipe, section))
+
+
+def _finetune_depends(variant: str) -> Any:
+    return lambda job: schema.encode(getattr(job.recipe.finetune, variant))
+
+
+def _train_depends(job: Job) -> Any:
+    """Everything that comes from outside: code, weights, data, and how they are used."""
+    recipe = job.recipe
+    weights = recipe.model.weights
+    if weights is not None and not Path(weights).is_file():
+        raise WeightsError(
+            f"{weights}: no such file; expected the weights that model.weights names"
+        )
+    return {
+        "model": schema.encode(recipe.model),
+        "factory": _source_hash(recipe.model.factory, WeightsError),
+        "weights": storage.sha256(Path(weights)) if weights else None,
+        "task": schema.encode(recipe.task),
+        "loss": _source_hash(recipe.task.loss, RecipeError),
+        "metric": _source_hash(recipe.task.metric, RecipeError),
+        "train": None if weights else schema.encode(recipe.train),
+        "data": job.data.fingerprint,
+    }
+
+
+def _source_hash(spec: str, error: Any) -> str:
+    _, source = models.resolve(spec, error)
+    return storage.sha256(Path(source)) if spec.partition(":")[0].endswith(".py") else ""
+
+
+def _function(spec: str) -> Any:
+    return models.resolve(spec, RecipeError)[0]
+
+
+def _evaluate(job: Job, network: nn.Module, split: Split) -> float:
+    outputs = training.predict(network, split, job.data.preprocessing)
+    return float(_scores(job, outputs, split.targets).mean())
+
+
+def _scores(job: Job, outputs: Tensor, targets: Tensor) -> Tensor:
+    return training.evaluate(outputs, targets, _function(job.recipe.task.metric))
+
+
+def _example(data: Data) -> Tensor:
+    return normalise(data.train.inputs[:2], data.preprocessing)
+
+
+def _load(job: Job, stage: str, name: str = NETWORK) -> tuple[nn.Module, record.NetworkRecord]:
+    return record.load_network(job.place(stage) / name)
+
+
+def dense_network(job: Job) -> nn.Module:
+    """The dense network that everything is compared with."""
+    return _load(job, "train")[0]
+
+
+def pruned_network(job: Job, variant: str) -> nn.Module:
+    """The fine-tuned ``mild`` or ``aggressive`` network."""
+    return _load(job, f"finetune-{variant}")[0]
+
+
+def _described(job: Job, network: nn.Module, accuracy: float) -> dict[str, Any]:
+    counted = cost.count(network, _example(job.data))
+    return {"accuracy": accuracy, "macs": counted.macs, "params": counted.params}
+
+
+def train(work: Work) -> dict[str, Any]:
+    """Train the dense network, or load its weights; evaluate it on the test images."""
+    job, settings = work.job, work.job.recipe.model
+    torch.manual_seed(job.recipe.seed)
+    network = models.build(settings.factory, settings.arguments)
+    if settings.weights:
+        models.load_weights(network, Path(settings.weights))
+    else:
+        training.fit(
+            network,
+            job.data,
+            job.recipe.train,
+            seed=job.recipe.seed,
+            loss=_function(job.recipe.task.loss),
+            checkpoint=work.checkpoint,
+            label="train",
+        )
+    described = record.NetworkRecord.of(
+        settings.factory, settings.arguments, tuple(job.data.train.inputs.shape[1:])
+    )
+    record.save_network(work.folder / NETWORK, network, described)
+    _check_outputs(job, network)
+    results = _described(job, network, _evaluate(job, network, job.data.test))
+    return {**results, "headline": f"accuracy {results['accuracy']:.2%}"}
+
+
+def _check_outputs(job: Job, network: nn.Module) -> None:
+    outputs = training.predict(network, Split(*_head(job.data.train, 2)), job.data.preprocessing)
+    classes = len(job.data.class_names)
+    if outputs.dim() != 2 or outputs.shape[1] != classes:
+        raise DataError(
+            f"the network answers {list(outputs.shape[1:])} for an image and the data has "
+            f"{classes} classes ({', '.join(job.data.class_names[:10])}); expected [{classes}]: "
+            "set the number of classes in model.arguments"
+        )
+
+
+def _head(split: Split, count: int) -> tuple[Tensor, Tensor]:
+    return split.inputs[:count], split.targets[:count]
+
+
+def sparsify(work: Work) -> dict[str, Any]:
+    """Train on with CBS, so that filters and their biases reach zero together."""
+    job, settings = work.job, work.job.recipe.sparsify
+    network, described = _load(job, "train")
+    penalty = sparsity.build(network, _example(job.data), settings.method, settings.strength)
+    training.fit(
+        network,
+        job.data,
+        settings,
+        seed=job.recipe.seed + 1,
+        loss=_function(job.recipe.task.loss),
+        penalty=penalty,
+        checkpoint=work.checkpoint,
+        label="sparsify",
+    )
+    record.save_network(work.folder / NETWORK, network, described)
+    accuracy = _evaluate(job, network, job.data.development)
+    share = penalty.zero_share()
+    return {
+        "development_accuracy": accuracy,
+        "zero_share": share,
+        "headline": f"{share:.1%} of the filters at zero, development {accuracy:.2%}",
+    }
+
+
+def prune(work: Work) -> dict[str, Any]:
+    """Score once, cut twice: the mild and the aggressive network, each proved."""
+    job, settings = work.job, work.job.recipe.prune
+    network, described = _load(job, "sparsify")
+    analysis = analyse(network, _example(job.data))
+    images = _training_images(job, settings.images, seed=job.recipe.seed + 2)
+    scores = score(network, analysis, images, method=settings.method, seed=job.recipe.seed)
+    storage.write_json(
+        work.folder / "scores.json", {name: values.tolist() for name, values in scores.items()}
+    )
+    results: dict[str, Any] = {
+        "frozen": [{"name": item.name, "reason": item.reason} for item in analysis.frozen]
+    }
+    for variant in PRUNED:
+        removed = budget.choose(
+            analysis,
+            scores,
+            macs=getattr(settings, variant).macs,
+            width_multiple=settings.width_multiple,
+            keep_at_least=settings.keep_at_least,
+        )
+        results[variant] = _cut(work, network, described, analysis, removed, variant)
+    shares = (f"{name} {results[name]['macs_share']:.1%} of the MACs" for name in PRUNED)
+    return {**results, "headline": ", ".join(shares)}
+
+
+def _cut(
+    work: Work,
+    network: nn.Module,
+    described: record.NetworkRecord,
+    analysis: Analysis,
+    removed: budget.Removed,
+    variant: str,
+) -> dict[str, Any]:
+    job = work.job
+    compact = surgery.prune_channels(network, _example(job.data), removed)
+    training.reestimate_batchnorm(
+        compact, _training_images(job, BATCHNORM_IMAGES, seed=job.recipe.seed + 3)
+    )
+    record.save_network(work.folder / variant, compact, described.pruned(analysis, removed))
+    example = _example(job.data)
+    counted, dense = cost.count(compact, example), cost.count(network, example)
+    return {
+        "macs": counted.macs,
+        "params": counted.params,
+        "macs_share": counted.macs / dense.macs,
+        "params_share": counted.params / dense.params,
+        "development_accuracy": _evaluate(job, compact, job.data.development),
+        "widths": budget.widths(analysis, removed),
+        "dense_widths": budget.widths(analysis, {}),
+    }
+
+
+def _training_images(job: Job, count: int, *, seed: int) -> Tensor:
+    """Some training images, normalised, drawn without replacement."""
+    inputs = job.data.train.inputs
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    return normalise(inputs[order[:count]], job.data.preprocessing)
+
+
+def finetune(variant: str) -> Any:
+    """The stage function that fine-tunes ``variant``, taught by the dense network."""
+
+    def work_on(work: Work) -> dict[str, Any]:
+        job = work.job
+        settings = getattr(job.recipe.finetune, variant)
+        network, described = _load(job, "prune", variant)
+        training.fit(
+            network,
+            job.data,
+            settings,
+            seed=job.recipe.seed + 10 + PRUNED.index(variant),
+            loss=_function(job.recipe.task.loss),
+            teacher=dense_network(job),
+            checkpoint=work.checkpoint,
+            label=f"fine-tune {variant}",
+        )
+        record.save_network(work.folder / NETWORK, network, described)
+        results = _described(job, network, _evaluate(job, network, job.data.test))
+        return {**results, "headline": f"accuracy {results['accuracy']:.2%}"}
+
+    return work_on
+
+
+def train_selector(work: Work) -> dict[str, Any]:
+    """Train the selector's head on images that no network was trained on."""
+    job, split = work.job, work.job.data.selector
+    aggressive = pruned_network(job, "aggressive")
+    logits, features = training.predict_all(
+        selecting.tap(aggressive), split, job.data.preprocessing
+    )
+    mild = training.predict(pruned_network(job, "mild"), split, job.data.preprocessing)
+    result = selecting.train(
+        features.flatten(1),
+        logits,
+        _scores(job, mild, split.targets),
+        _scores(job, logits, split.targets),
+        job.recipe.selector,
+        seed=job.recipe.seed + 20,
+    )
+    storage.write_bytes(work.folder / "selector.safetensors", selecting.to_bytes(result.head))
+    storage.write_json(work.folder / "thresholds.json", list(result.thresholds))
+    return {
+        "kind": result.kind,
+        "reason": result.reason,
+        "area_head": result.area_head,
+        "area_msp": result.area_msp,
+        "features": features.flatten(1).shape[1],
+        "images": len(split.targets),
+        "headline": f"ships {result.kind}: {result.reason}",
+    }
+
+
+def scored_network(job: Job) -> selecting.ScoredNetwork:
+    """The aggressive network and the trained selector in one module."""
+    head = selecting.SelectorHead(
+        job.results("selector")["features"], len(job.data.class_names), job.recipe.selector.hidden
+    )
+    selecting.from_bytes(head, (job.place("selector") / "selector.safetensors").read_bytes())
+    return selecting.ScoredNetwork(pruned_network(job, "aggressive"), head).eval()
+
+
+def export_graphs(work: Work) -> dict[str, Any]:
+    """Three ONNX graphs, each checked against its network."""
+    job = work.job
+    example = _training_images(job, REFERENCE_IMAGES, seed=job.recipe.seed + 4)
+    np.save(work.folder / "reference_input.npy", example.numpy(), allow_pickle=False)
+    networks = {
+        "dense": (dense_network(job), ["logits"]),
+        "mild": (pruned_network(job, "mild"), ["logits"]),
+        "aggressive": (scored_network(job), ["logits", "score"]),
+    }
+    sizes = {}
+    for variant, (network, names) in networks.items():
+        path = work.folder / f"{variant}.onnx"
+        for name, answer in export.export_onnx(network, example, path, names).items():
+            np.save(work.folder / f"{variant}_{name}.npy", answer, allow_pickle=False)
+        sizes[variant] = path.stat().st_size
+    return {"bytes": sizes, "opset": export.OPSET}
+
+
+def thresholds(job: Job) -> list[float]:
+    """The selector's grid of thresholds, strict to loose."""
+    content = (job.place("selector") / "thresholds.json").read_text(encoding="utf-8")
+    return [float(value) for value in json.loads(content)]
+
+
+def of(recipe: Recipe) -> list[Stage]:
+    """All stages of ``greenprune run`` for this recipe, in order."""
+    from greenprune import deployment
+
+    target = recipe.compile.target
+    return [
+        *host_stages(),
+        Stage(
+            "selector",
+            train_selector,
+            needs=("finetune-mild", "finetune-aggressive"),
+            depends=lambda job: _of(job, "selector"),
+        ),
+        Stage("export", export_graphs, needs=("train", "selector"), depends=lambda job: export.OPSET),
+        *deployment.stages(target),
+    ]
