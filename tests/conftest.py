@@ -132,15 +132,14 @@ def build_tiny_bundle(folder: Path, scratch: Path) -> Path:
         runtime="onnxruntime",
         input=bundle.TensorSpec(name="input", shape=(None, 1, SIZE, SIZE), dtype="float32"),
         outputs=(bundle.TensorSpec(name="logits", shape=(None, CLASSES), dtype="float32"),),
-        preprocessing=bundle.Preprocessing(
-            channels=1, size=(SIZE, SIZE), mean=(mean,), std=(std,)
-        ),
+        preprocessing=bundle.Preprocessing(channels=1, size=(SIZE, SIZE), mean=(mean,), std=(std,)),
         class_names=("top left", "top right", "bottom left", "bottom right"),
         variants=variants,
         selector=bundle.SelectorRecord(
             kind="msp",
             reason="a fixture",
             reference="dense",
+            certified_on="x86, onnxruntime, fp32",
             threshold=0.5,
             table=(
                 bundle.DialRow(
@@ -174,7 +173,7 @@ def tiny_bundle_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_bundle(scratch / "bundle", scratch)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_bundle(tiny_bundle_source: Path, tmp_path: Path) -> Path:
     """A real bundle (dense, mild, aggressive; 1x16x16 in, 4 classes) that a test may damage."""
     import shutil

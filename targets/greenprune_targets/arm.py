@@ -26,8 +26,10 @@ class Arm(BaseTarget):
 
     def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
         """The graph itself: every machine optimises it when it is opened."""
+        self.check_runtime(runtime)
         return onnxruntime_cpu.compile_graph(graph, folder, name)
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
         """Open on this machine's CPU, whatever it is: the graph is the same."""
+        self.check_runtime(runtime)
         return onnxruntime_cpu.open_session(artifact, threads)

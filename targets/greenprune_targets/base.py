@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from greenprune.errors import NotAvailableError
+from greenprune.errors import GreenpruneError, NotAvailableError, TargetError
 from greenprune.registry import Capabilities, Runner
 
-ISA = (
-    "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 amx_tile amx_int8 "  # x86
-    "neon asimd asimdhp asimddp fphp i8mm bf16 sve sve2"  # Arm
-).split()
+X86_ISA = ("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8")
+ARM_ISA = ("neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
+ISA = (*X86_ISA, *ARM_ISA)
 """Processor flags that decide which kernels a runtime picks."""
 
 
@@ -44,8 +45,31 @@ class BaseTarget:
             "versions": {runtime: version(runtime) for runtime in self.capabilities.runtimes}
         }
 
+    def check_runtime(self, runtime: str) -> None:
+        """Raises TargetError: ``runtime`` is none of the target's."""
+        if runtime not in self.capabilities.runtimes:
+            raise TargetError(
+                f"target '{self.name}' has no runtime '{runtime}'; "
+                f"expected one of: {', '.join(self.capabilities.runtimes)}"
+            )
+
     def _missing(self) -> str:
         return f"{self.name}: {self.capabilities.status.removeprefix('not available yet: ')}"
+
+
+@contextmanager
+def refusal(path: Path, runtime: str) -> Iterator[None]:
+    """Turn whatever a runtime raises about ``path`` into a TargetError."""
+    try:
+        yield
+    except GreenpruneError:
+        raise
+    except Exception as error:  # each runtime has exceptions of its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TargetError(
+            f"{path}: expected a network that {runtime} {version(runtime)} accepts; it refuses: "
+            f"{reason[-1]}; export it again with the versions installed here"
+        ) from error
 
 
 def processor(root: Path = Path("/")) -> dict[str, Any]:

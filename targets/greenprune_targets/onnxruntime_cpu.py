@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenprune.errors import MissingPackageError
+from greenprune_targets.base import refusal
 
 
 def compile_graph(graph: Path, folder: Path, name: str) -> Path:
@@ -27,6 +28,7 @@ def open_session(artifact: Path, threads: int) -> OnnxRuntimeRunner:
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
+        TargetError: it does not accept the graph.
     """
     try:
         import onnxruntime
@@ -40,9 +42,11 @@ def open_session(artifact: Path, threads: int) -> OnnxRuntimeRunner:
     # Two sessions in one process: the idle one's threads would spin on the cores that the other
     # needs, which makes both 2.5 times slower.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return OnnxRuntimeRunner(
-        onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
-    )
+    with refusal(artifact, "onnxruntime"):
+        session = onnxruntime.InferenceSession(
+            artifact, options, providers=["CPUExecutionProvider"]
+        )
+    return OnnxRuntimeRunner(session)
 
 
 class OnnxRuntimeRunner:

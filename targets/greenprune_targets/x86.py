@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from greenprune.errors import MissingPackageError
 from greenprune.registry import Capabilities, Runner
 from greenprune_targets import onnxruntime_cpu
-from greenprune_targets.base import BaseTarget
+from greenprune_targets.base import BaseTarget, refusal
 
 
 class X86(BaseTarget):
@@ -32,17 +32,20 @@ class X86(BaseTarget):
 
     def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
         """ONNX Runtime: the graph itself. OpenVINO: its portable IR, ``.xml`` and ``.bin``."""
+        self.check_runtime(runtime)
         if runtime == "onnxruntime":
             return onnxruntime_cpu.compile_graph(graph, folder, name)
         openvino = _openvino()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.xml"
         # Not convert_model(): it reads more formats, which we do not need, and reports its use.
-        openvino.save_model(_core().read_model(graph), path, compress_to_fp16=False)
+        with refusal(graph, runtime):
+            openvino.save_model(_core().read_model(graph), path, compress_to_fp16=False)
         return path
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
         """Open for one inference at a time at lowest latency, in full float32."""
+        self.check_runtime(runtime)
         if runtime == "onnxruntime":
             return onnxruntime_cpu.open_session(artifact, threads)
         settings: dict[str, Any] = {
@@ -51,7 +54,8 @@ class X86(BaseTarget):
         }
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
-        return OpenVinoRunner(_core().compile_model(artifact, "CPU", settings))
+        with refusal(artifact, runtime):
+            return OpenVinoRunner(_core().compile_model(artifact, "CPU", settings))
 
 
 class OpenVinoRunner:
@@ -61,9 +65,7 @@ class OpenVinoRunner:
         self._compiled = compiled
         self._local = threading.local()
         self.input_name: str = compiled.inputs[0].get_any_name()
-        self.output_names: tuple[str, ...] = tuple(
-            out.get_any_name() for out in compiled.outputs
-        )
+        self.output_names: tuple[str, ...] = tuple(out.get_any_name() for out in compiled.outputs)
 
     def run(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Outputs by name, of float32 inputs [N, C, H, W]."""

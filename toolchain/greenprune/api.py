@@ -73,9 +73,7 @@ def prune(
         "run": str(job.folder),
         "variants": {
             variant: {
-                **{
-                    key: job.results(stage)[key] for key in ("accuracy", "macs", "params")
-                },
+                **{key: job.results(stage)[key] for key in ("accuracy", "macs", "params")},
                 "network": str(job.place(stage) / stages.NETWORK),
             }
             for variant, stage in (

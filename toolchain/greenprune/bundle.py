@@ -107,8 +107,7 @@ class SelectorRecord:
     """Of the row the session starts with; None routes everything to mild."""
     table: tuple[DialRow, ...]
     certified_on: str = ""
-    """Runtime, precision and provider that the certificate was made on, in this order, as in
-    ``onnxruntime fp32 cpu``."""
+    """Where the certificate was made: :meth:`Manifest.setting` of its runtime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +147,10 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, seed, recipe, hashes of the networks."""
     files: dict[str, FileEntry] = field(default_factory=dict)
+
+    def setting(self, runtime: str) -> str:
+        """Target, runtime and precision, as in ``x86, onnxruntime, fp32``."""
+        return f"{self.target}, {runtime}, {self.precision}"
 
 
 VARIANTS = ("dense", "mild", "aggressive")

@@ -220,8 +220,10 @@ def bench(
     if as_json:
         _print_json(schema.encode(results))
     else:
-        harness.print_table(results)
-    if not results.validity.valid:
+        from rich.console import Console
+
+        Console().print(results.table())
+    if not results.verdict.valid:
         sys.exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from greenprune import bundle, models, schema, storage, training
+from greenprune.bundle import VARIANTS
 from greenprune.data import Split, normalise
-from greenprune.errors import NotAvailableError, RecipeError, TargetError
+from greenprune.errors import NotAvailableError, RecipeError, RunError, TargetError
 from greenprune.harness import Results, bench, read_results, write_results
 from greenprune.nncec import account as accounting
 from greenprune.nncec import ledger
 from greenprune.nncec.report import write_report
-from greenprune.pipeline import LEDGER_FILE, RUN_FILE, Job, Stage, Work, versions
+from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work, versions
 from greenprune.registry import load_target
 from greenprune.runtime import decide
 from greenprune.runtime.runners import verify_artifact
+from greenprune_calibration.certificate import certify as certify_thresholds
+from greenprune_calibration.samples import draw_balanced
 
-VARIANTS = ("dense", "mild", "aggressive")
 BATCH = 100
 
 
@@ -69,8 +72,6 @@ def _runtimes(job: Job) -> list[str]:
 
 def calibrate(work: Work) -> dict[str, Any]:
     """Draw the samples that the bundle carries: for calibration and for replaying."""
-    from greenprune_calibration.samples import draw_balanced
-
     job = work.job
     data, recipe = job.data, job.recipe
     count = min(recipe.compile.calibration_images, len(data.train.targets))
@@ -129,7 +130,8 @@ def _reference_outputs(folder: Path, variant: str) -> dict[str, NDArray[np.float
     }
 
 
-def _default_runtime(job: Job) -> str:
+def default_runtime(job: Job) -> str:
+    """The runtime that the bundle's sessions use, and that is certified."""
     built = list(job.results(f"compile-{job.recipe.compile.target}")["artifacts"]["dense"])
     return str(built[0])
 
@@ -138,7 +140,7 @@ def answers(job: Job, split: Split) -> dict[str, dict[str, NDArray[np.float32]]]
     """What each deployed artifact answers to a split: variant -> output name -> array."""
     target = load_target(job.recipe.compile.target)
     place = job.place(f"compile-{target.name}")
-    runtime = _default_runtime(job)
+    runtime = default_runtime(job)
     found = {}
     for variant in VARIANTS:
         relative = job.results(f"compile-{target.name}")["artifacts"][variant][runtime]
@@ -161,10 +163,6 @@ def _right(job: Job, logits: NDArray[np.float32], split: Split) -> NDArray[np.fl
 
 def certify(work: Work) -> dict[str, Any]:
     """Certify thresholds on the deployed artifacts; report the pair on the test images."""
-    from greenprune_calibration.certificate import certify as certify_thresholds
-
-    from greenprune.stages import thresholds
-
     job, settings = work.job, work.job.recipe.certify
     split = job.data.certification
     deployed = answers(job, split)
@@ -179,15 +177,13 @@ def certify(work: Work) -> dict[str, Any]:
         seed=job.recipe.seed + 40,
     )
     table = [schema.encode(row) for row in rows]
-    operating = next(
-        row for row in table if row["max_accuracy_loss"] == settings.operating_loss
-    )
+    operating = next(row for row in table if row["max_accuracy_loss"] == settings.operating_loss)
     threshold = operating["threshold"] if operating["certified"] else None
     tested = _test_pair(job, threshold)
     return {
         "table": table,
         "threshold": threshold,
-        "certified_on": f"{job.recipe.compile.target}, {_default_runtime(job)}, "
+        "certified_on": f"{job.recipe.compile.target}, {default_runtime(job)}, "
         f"{job.recipe.compile.precision}",
         "test": tested,
         "headline": _promise(operating, tested),
@@ -201,6 +197,12 @@ def _promise(row: dict[str, Any], tested: dict[str, Any]) -> str:
         f"at most {row['max_accuracy_loss'] * 100:.1f} points below the dense network with "
         f"{1 - row['delta']:.0%} confidence (n = {row['n']:,}): accepts {tested['coverage']:.0%}"
     )
+
+
+def thresholds(job: Job) -> list[float]:
+    """The selector's grid of thresholds, strict to loose."""
+    content = (job.place("selector") / "thresholds.json").read_text(encoding="utf-8")
+    return [float(value) for value in json.loads(content)]
 
 
 def _test_pair(job: Job, threshold: float | None) -> dict[str, Any]:
@@ -250,12 +252,10 @@ def _manifest(job: Job) -> bundle.Manifest:
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         target=recipe.compile.target,
         precision=recipe.compile.precision,
-        runtime=_default_runtime(job),
+        runtime=default_runtime(job),
         input=bundle.TensorSpec(name="input", shape=(None, *shape), dtype="float32"),
         outputs=(
-            bundle.TensorSpec(
-                name="logits", shape=(None, len(data.class_names)), dtype="float32"
-            ),
+            bundle.TensorSpec(name="logits", shape=(None, len(data.class_names)), dtype="float32"),
         ),
         preprocessing=data.preprocessing,
         class_names=data.class_names,
@@ -294,8 +294,13 @@ def _network_folder(job: Job, variant: str) -> Path:
     return job.place(_network_stage(variant)) / "network"
 
 
+def network_results(job: Job, variant: str) -> dict[str, Any]:
+    """What the stage that finished ``variant`` found: accuracy, MACs, parameters."""
+    return job.results(_network_stage(variant))
+
+
 def _variant(job: Job, variant: str) -> bundle.Variant:
-    described = job.results(_network_stage(variant))
+    described = network_results(job, variant)
     artifacts = job.results(f"compile-{job.recipe.compile.target}")["artifacts"][variant]
     return bundle.Variant(
         graph=f"graphs/{variant}.onnx",
@@ -326,7 +331,7 @@ def measure(work: Work) -> dict[str, Any]:
         seed=job.recipe.seed,
     )
     write_results(work.folder / "results.json", results)
-    return {"preset": settings.preset, "valid": results.validity.valid}
+    return {"preset": settings.preset, "valid": results.verdict.valid}
 
 
 def results_of(job: Job) -> Results:
@@ -347,6 +352,18 @@ def account(work: Work) -> dict[str, Any]:
     content: dict[str, Any] = schema.encode(made)
     storage.write_json(work.folder / "account.json", content)
     return {}
+
+
+def read_account(job: Job) -> dict[str, Any]:
+    """The account as plain data."""
+    path = job.place(f"account-{job.recipe.compile.target}") / "account.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def account_of(job: Job) -> accounting.Account:
+    """The account that the account stage made."""
+    return schema.decode(read_account(job), accounting.Account, "account.json", RunError)
 
 
 def report(work: Work) -> dict[str, Any]:

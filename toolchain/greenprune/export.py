@@ -72,7 +72,10 @@ def export_onnx(
             )
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:
-        raise ExportError(f"{path.name}: the network cannot be exported to ONNX: {error}") from error
+        raise ExportError(
+            f"{path.name}: the network cannot be exported to ONNX ({error}); expected a network "
+            "that torch.export can trace with a free batch"
+        ) from error
     references = {
         name: np.asarray(out.detach().cpu().numpy(), dtype=np.float32)
         for name, out in zip(output_names, outputs, strict=True)
@@ -116,7 +119,7 @@ def _quiet() -> Iterator[None]:
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
-            open(os.devnull, "w") as nowhere,
+            Path(os.devnull).open("w") as nowhere,
             contextlib.redirect_stderr(nowhere),
         ):
             warnings.simplefilter("ignore")

@@ -104,7 +104,7 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path}: not valid JSON ({error}); remove {folder} and run again") from error
+        raise RunError(f"{path}: not JSON ({error}); remove {folder} and run again") from error
     if not isinstance(content, dict):
         raise RunError(f"{path}: expected an object; remove {folder} and run again")
     return content

@@ -306,9 +306,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             factory=code(recipe.model.factory),
             weights=absolute(recipe.model.weights),
         ),
-        data=replace(
-            recipe.data, source=code(recipe.data.source), path=absolute(recipe.data.path)
-        ),
+        data=replace(recipe.data, source=code(recipe.data.source), path=absolute(recipe.data.path)),
         task=replace(recipe.task, loss=code(recipe.task.loss), metric=code(recipe.task.metric)),
     )
 

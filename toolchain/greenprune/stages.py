@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from greenprune import export, models, schema, sparsity, storage, training
+from greenprune import deployment, export, models, schema, sparsity, storage, training
 from greenprune.adaptive import selector as selecting
 from greenprune.data import Data, Split, normalise
 from greenprune.errors import DataError, RecipeError, WeightsError
 from greenprune.pipeline import Job, Stage, Work
-from greenprune.pruning import budget, cost, record, surgery
+from greenprune.pruning import batchnorm, budget, cost, record, surgery
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.scores import score
 from greenprune.recipe import Recipe
 
 NETWORK = "network"
 PRUNED = ("mild", "aggressive")
-VARIANTS = ("dense", *PRUNED)
 REFERENCE_IMAGES = 16
 BATCHNORM_IMAGES = 1024
 
@@ -141,7 +139,8 @@ def train(work: Work) -> dict[str, Any]:
 
 
 def _check_outputs(job: Job, network: nn.Module) -> None:
-    outputs = training.predict(network, Split(*_head(job.data.train, 2)), job.data.preprocessing)
+    with torch.no_grad():
+        outputs = network.eval()(_example(job.data))
     classes = len(job.data.class_names)
     if outputs.dim() != 2 or outputs.shape[1] != classes:
         raise DataError(
@@ -149,10 +148,6 @@ def _check_outputs(job: Job, network: nn.Module) -> None:
             f"{classes} classes ({', '.join(job.data.class_names[:10])}); expected [{classes}]: "
             "set the number of classes in model.arguments"
         )
-
-
-def _head(split: Split, count: int) -> tuple[Tensor, Tensor]:
-    return split.inputs[:count], split.targets[:count]
 
 
 def sparsify(work: Work) -> dict[str, Any]:
@@ -216,7 +211,7 @@ def _cut(
 ) -> dict[str, Any]:
     job = work.job
     compact = surgery.prune_channels(network, _example(job.data), removed)
-    training.reestimate_batchnorm(
+    batchnorm.reestimate(
         compact, _training_images(job, BATCHNORM_IMAGES, seed=job.recipe.seed + 3)
     )
     record.save_network(work.folder / variant, compact, described.pruned(analysis, removed))
@@ -268,12 +263,10 @@ def train_selector(work: Work) -> dict[str, Any]:
     """Train the selector's head on images that no network was trained on."""
     job, split = work.job, work.job.data.selector
     aggressive = pruned_network(job, "aggressive")
-    logits, features = training.predict_all(
-        selecting.tap(aggressive), split, job.data.preprocessing
-    )
+    logits, features = selecting.observe(aggressive, split, job.data.preprocessing)
     mild = training.predict(pruned_network(job, "mild"), split, job.data.preprocessing)
     result = selecting.train(
-        features.flatten(1),
+        features,
         logits,
         _scores(job, mild, split.targets),
         _scores(job, logits, split.targets),
@@ -287,7 +280,7 @@ def train_selector(work: Work) -> dict[str, Any]:
         "reason": result.reason,
         "area_head": result.area_head,
         "area_msp": result.area_msp,
-        "features": features.flatten(1).shape[1],
+        "features": features.shape[1],
         "images": len(split.targets),
         "headline": f"ships {result.kind}: {result.reason}",
     }
@@ -321,16 +314,8 @@ def export_graphs(work: Work) -> dict[str, Any]:
     return {"bytes": sizes, "opset": export.OPSET}
 
 
-def thresholds(job: Job) -> list[float]:
-    """The selector's grid of thresholds, strict to loose."""
-    content = (job.place("selector") / "thresholds.json").read_text(encoding="utf-8")
-    return [float(value) for value in json.loads(content)]
-
-
 def of(recipe: Recipe) -> list[Stage]:
     """All stages of ``greenprune run`` for this recipe, in order."""
-    from greenprune import deployment
-
     target = recipe.compile.target
     return [
         *host_stages(),
@@ -340,6 +325,11 @@ def of(recipe: Recipe) -> list[Stage]:
             needs=("finetune-mild", "finetune-aggressive"),
             depends=lambda job: _of(job, "selector"),
         ),
-        Stage("export", export_graphs, needs=("train", "selector"), depends=lambda job: export.OPSET),
+        Stage(
+            "export",
+            export_graphs,
+            needs=("train", "selector"),
+            depends=lambda job: export.OPSET,
+        ),
         *deployment.stages(target),
     ]

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from greenprune.bundle import Preprocessing
+from greenprune.data import Split, batches
 from greenprune.errors import PruningError, WeightsError
 from greenprune.recipe import SelectorSettings
 
@@ -23,6 +25,7 @@ HOLD_OUT = 0.4
 """Share of the selector's images that is kept to judge the head by."""
 BOOTSTRAPS = 2000
 THRESHOLDS = 100
+BATCH = 250
 
 
 class SelectorHead(nn.Module):
@@ -109,6 +112,17 @@ def tap(network: nn.Module) -> fx.GraphModule:
     output.args = ((output.args[0], linear[-1].args[0]),)
     traced.recompile()
     return traced
+
+
+def observe(
+    network: nn.Module, split: Split, preprocessing: Preprocessing | None
+) -> tuple[Tensor, Tensor]:
+    """Logits, float32 [N, classes], and pooled features, float32 [N, F], of a split."""
+    tapped = tap(network.eval())
+    with torch.no_grad():
+        parts = [tapped(inputs) for inputs, _ in batches(split, preprocessing, BATCH)]
+    logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logits, features.flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,9 @@ def cpu_model(root: Path = Path("/")) -> str | None:
 
 def hottest_c() -> float | None:
     """The highest temperature that a sensor reports, Celsius."""
-    sensors = getattr(psutil, "sensors_temperatures", dict)()
+    if not hasattr(psutil, "sensors_temperatures"):  # Linux and FreeBSD have it
+        return None
+    sensors = psutil.sensors_temperatures()
     readings = [entry.current for entries in sensors.values() for entry in entries]
     return max(readings, default=None)
 
@@ -119,7 +121,7 @@ def _diagnose_targets() -> dict[str, dict[str, Any]]:
         answer[name] = {
             "status": target.capabilities.status,
             "runtimes": here,
-            "lacks": [name for name in target.capabilities.runtimes if name not in here],
+            "lacks": [each for each in target.capabilities.runtimes if each not in here],
         }
     return answer
 

@@ -51,7 +51,5 @@ def find_preset(name: str) -> Preset:
         MeasurementError: there is none.
     """
     if name not in PRESETS:
-        raise MeasurementError(
-            f"preset '{name}': unknown; expected one of {', '.join(PRESETS)}"
-        )
+        raise MeasurementError(f"preset '{name}': unknown; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

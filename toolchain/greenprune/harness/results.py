@@ -63,9 +63,9 @@ class Candidate:
     """One variant on one runtime.
 
     ``latency_ms`` has ``min``, ``p50``, ``p90``, ``p95``, ``p99`` (None below 662 samples a
-    window) and ``mean``: medians over windows. ``speedup`` is the dense network's median latency
-    over this one's on the same runtime, paired by block, and ``energy_ratio`` this one's energy
-    over the dense network's.
+    window) and ``mean``: medians over windows. ``speedup`` is the dense network's mean latency over
+    this one's on the same runtime, paired by block; the mean, as a pair's median hides the inputs
+    that it answers twice. ``energy_ratio`` is this one's energy over the dense network's.
     """
 
     variant: str

@@ -116,7 +116,7 @@ class RaplDevice(Device):  # type: ignore[misc]
         if not zones:
             raise MeasurementError(
                 f"{root / 'sys/class/powercap'}: no RAPL package counter here (virtual machines "
-                "and containers rarely have one); use --meter estimate"
+                "and containers rarely have one); --meter estimate needs none"
             )
         self._available_domains = [RaplDomain(zone) for zone in zones]
         self.configure()

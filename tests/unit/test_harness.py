@@ -1,0 +1,279 @@
+"""The harness: statistics, summaries and verdicts, records on disk, the worker's manners."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from greenprune.errors import MeasurementError
+from greenprune.harness import PRESETS, describe_environment, diagnose, read_results, write_results
+from greenprune.harness.client import Client, WorkerError
+from greenprune.harness.presets import find_preset
+from greenprune.harness.results import MeasuredWindow, Results
+from greenprune.harness.statistics import order_interval, paired_ratio, summarise
+from greenprune.harness.summary import inference_energy, judge_all, summarise_candidate
+from greenprune.meters import Energy
+
+
+def window(
+    block: int, milliseconds: float, joules: float | None, provenance: Any = "measured_counter"
+) -> MeasuredWindow:
+    """A window of 1000 inferences that all took so long."""
+    energy = None
+    if joules is not None:
+        energy = Energy(
+            value=joules,
+            low=joules,
+            high=joules,
+            provenance=provenance,
+            scope="a test",
+            meter="rapl",
+            seconds=1.0,
+        )
+    return MeasuredWindow(
+        block=block,
+        order=0,
+        seconds=1.0,
+        inferences=1000,
+        latency=summarise(np.full(1000, int(milliseconds * 1e6), dtype=np.int64)),
+        energy=energy,
+    )
+
+
+LOADED: dict[str, Any] = {
+    "images": 64,
+    "accuracy": 0.9,
+    "accept_rate": None,
+    "routed": {},
+    "steady": True,
+    "warmup_inferences": 100,
+    "warmup_seconds": 0.5,
+}
+ENVIRONMENT: dict[str, Any] = {
+    "cpu": "a test",
+    "throttle_events": None,
+    "virtual_machine": False,
+    "governor": "performance",
+    "load_average": [0.0, 0.0, 0.0],
+    "usable_cores": 2,
+    "on_battery": None,
+}
+
+
+def results(preset: str = "standard", factor: float = 0.5) -> Results:
+    """Dense and mild over ten blocks of a machine that drifts; mild takes ``factor`` of dense."""
+    drift = [1 + 0.003 * block for block in range(10)]
+    dense = [window(b, 2.0 * d, 4.0 * d) for b, d in enumerate(drift)]
+    mild = [window(b, 2.0 * factor * d, 4.0 * factor * d) for b, d in enumerate(drift)]
+    candidates = tuple(
+        summarise_candidate(
+            variant=name,
+            runtime="onnxruntime",
+            loaded=LOADED,
+            idle_watts=(1.0, 1.0),
+            windows=windows,
+            dense_windows=dense,
+            seed=0,
+        )
+        for name, windows in (("dense", dense), ("mild", mild))
+    )
+    return Results(
+        schema=1,
+        bundle="tiny",
+        target="x86",
+        precision="fp32",
+        created="2026-01-01T00:00:00+00:00",
+        preset=preset,
+        seed=0,
+        threads=2,
+        meter="rapl",
+        seconds=1.0,
+        environment_before=ENVIRONMENT,
+        environment_after=ENVIRONMENT,
+        candidates=candidates,
+        verdict=judge_all(candidates, preset, ENVIRONMENT, ENVIRONMENT, []),
+    )
+
+
+def test_order_interval_of_ten_is_second_to_ninth() -> None:
+    found = order_interval([float(value) for value in range(1, 11)])
+    assert (found.low, found.value, found.high) == (2.0, 5.5, 9.0)
+    assert found.confidence == pytest.approx(1 - 2 * 11 / 1024)
+
+
+@pytest.mark.parametrize(("count", "confidence"), [(5, 0.9375), (6, 0.96875)])
+def test_order_interval_of_few_is_all_of_them(count: int, confidence: float) -> None:
+    found = order_interval([float(value) for value in range(count)])
+    assert (found.low, found.high) == (0.0, count - 1.0)
+    assert found.confidence == confidence
+
+
+def test_order_interval_covers_the_median_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).lognormal(size=(4000, 10))
+    hits = sum((o := order_interval(list(draw))).low <= 1.0 <= o.high for draw in draws)
+    said = order_interval(list(draws[0])).confidence
+    assert hits / 4000 == pytest.approx(said, abs=4 * math.sqrt(said * (1 - said) / 4000))
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40))
+def test_order_interval_holds_its_value_and_ignores_order(values: list[float]) -> None:
+    found = order_interval(values)
+    assert min(values) <= found.low <= found.value <= found.high <= max(values)
+    assert found == order_interval(values[::-1])
+
+
+@pytest.mark.parametrize("blocks", [6, 10, 20, 40])
+def test_paired_ratio_cancels_what_blocks_share(blocks: int) -> None:
+    drift = np.random.default_rng(1).uniform(1, 10, size=blocks)
+    found = paired_ratio(list(3 * drift), list(drift), seed=0)
+    assert (found.low, found.value, found.high) == pytest.approx((3, 3, 3))
+    assert found.excludes(1.0)
+    assert not paired_ratio(list(drift), list(drift[::-1]), seed=0).excludes(1.0)
+
+
+def test_latency_percentiles_and_p99_only_from_662_samples() -> None:
+    latencies = np.arange(1, 1001, dtype=np.int64)
+    found = summarise(latencies)
+    assert (found.min_ns, found.p50_ns, found.mean_ns) == (1, 500.5, 500.5)
+    assert found.p99_ns == pytest.approx(np.percentile(latencies, 99))
+    assert len(found.quantiles_ns) == 101
+    assert summarise(latencies[:662]).p99_ns is not None
+    assert summarise(latencies[:661]).p99_ns is None
+
+
+def test_energy_joins_windows_and_model_and_subtracts_idle_only_from_counters() -> None:
+    windows = [window(block, 1.0, 4.0 + 0.1 * block) for block in range(6)]
+    found = inference_energy(windows, (1.0, 2.0))
+    assert found is not None
+    assert (found.low, found.value, found.high) == pytest.approx((4.0, 4.25, 4.5))
+    assert found.net_value == pytest.approx(4.25 - 1.5)
+    estimated = [window(block, 1.0, 4.0, "estimated_model") for block in range(6)]
+    guessed = inference_energy(estimated, (1.0, 2.0))
+    assert guessed is not None
+    assert guessed.net_value is None
+    assert inference_energy([window(0, 1.0, None)], (None, None)) is None
+
+
+def test_speed_up_is_paired_and_the_verdict_notes_drift() -> None:
+    found = results()
+    mild = found.candidate("mild", "onnxruntime")
+    assert mild.speedup.value == pytest.approx(2.0)
+    assert mild.energy_ratio is not None
+    assert mild.energy_ratio.value == pytest.approx(0.5)
+    assert mild.latency_ms["p50"] is not None
+    assert found.verdict.valid
+    with pytest.raises(MeasurementError, match="dense on onnxruntime, mild on onnxruntime"):
+        found.candidate("pair", "onnxruntime")
+
+
+def test_verdict_fails_on_spread_unsteadiness_and_throttling() -> None:
+    wild = [window(block, 1.0 + block, None) for block in range(6)]
+    candidate = summarise_candidate(
+        variant="dense",
+        runtime="onnxruntime",
+        loaded=LOADED | {"steady": False},
+        idle_watts=(None, None),
+        windows=wild,
+        dense_windows=wild,
+        seed=0,
+    )
+    assert candidate.energy_mj is None
+    assert candidate.energy_ratio is None
+    assert len(candidate.verdict.failures) == 2
+    before, after = ENVIRONMENT | {"throttle_events": 3}, ENVIRONMENT | {"throttle_events": 4}
+    verdict = judge_all([candidate], "quick", before, after, ["no counter"])
+    assert not verdict.valid
+    assert any("throttled" in reason for reason in verdict.failures)
+    assert any("quick" in note for note in verdict.notes)
+    assert "no counter" in verdict.notes
+
+
+def test_results_survive_the_disk_whole(tmp_path: Path) -> None:
+    written = results()
+    write_results(tmp_path / "results.json", written)
+    assert read_results(tmp_path / "results.json") == written
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["preset"] == "standard"
+    assert content["candidates"][0]["windows"][0]["energy"]["provenance"] == "measured_counter"
+
+
+def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, dataclasses.replace(results(), schema=9))
+    with pytest.raises(MeasurementError, match="schema 9"):
+        read_results(path)
+    path.write_text("{")
+    with pytest.raises(MeasurementError, match="expected results"):
+        read_results(path)
+
+
+def test_table_carries_preset_provenance_and_verdict() -> None:
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(results("quick", factor=1.0).table())
+    text = capture.get()
+    assert "preset quick" in text
+    assert "measured" in text
+    assert "no clear difference" in text
+    assert "verdict: valid" in text
+
+
+def test_presets_follow_the_protocol() -> None:
+    assert find_preset("mlperf-tiny").windows == 5
+    for preset in PRESETS.values():
+        assert preset.window_inferences >= 10
+        assert preset.name == "quick" or preset.window_seconds >= 10
+        assert preset.name in ("quick", "mlperf-tiny") or preset.windows >= 10
+    with pytest.raises(MeasurementError, match="expected one of quick"):
+        find_preset("fast")
+
+
+def test_environment_is_read_from_a_root(tmp_path: Path) -> None:
+    cpu = tmp_path / "sys/devices/system/cpu"
+    (cpu / "cpu0/cpufreq").mkdir(parents=True)
+    (cpu / "cpu0/cpufreq/scaling_governor").write_text("powersave\n")
+    (cpu / "cpu0/thermal_throttle").mkdir()
+    (cpu / "cpu0/thermal_throttle/core_throttle_count").write_text("7\n")
+    (cpu / "intel_pstate").mkdir()
+    (cpu / "intel_pstate/no_turbo").write_text("1\n")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("model name\t: Fast One\nflags\t: fpu hypervisor\n")
+    found = describe_environment(tmp_path)
+    assert found["cpu"] == "Fast One"
+    assert found["governor"] == "powersave"
+    assert found["throttle_events"] == 7
+    assert found["boost"] is False
+    assert found["virtual_machine"] is True
+    assert describe_environment(tmp_path / "nowhere")["governor"] is None
+
+
+def test_doctor_answers_plain_data(tmp_path: Path) -> None:
+    found = diagnose(tmp_path)
+    assert json.loads(json.dumps(found)) == found
+    assert found["meters"]["estimate"]["works"]
+    assert not found["meters"]["rapl"]["works"]
+    assert "onnxruntime" in found["targets"]["x86"]["runtimes"]
+    assert found["packages"]["onnxruntime"]
+
+
+def test_worker_refuses_and_its_death_is_told() -> None:
+    client = Client("dense on nothing")
+    try:
+        with pytest.raises(WorkerError, match="'window' before 'load'") as caught:
+            client.ask("window", 60)
+        assert caught.value.kind == "MeasurementError"
+        client.send("load")  # no arguments: the worker breaks
+        with pytest.raises(MeasurementError, match=r"dense on nothing.*KeyError"):
+            client.receive(60)
+    finally:
+        client.close()

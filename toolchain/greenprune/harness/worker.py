@@ -1,0 +1,208 @@
+"""One candidate in a process of its own: ``python -m greenprune.harness.worker``.
+
+Requests and answers are JSON, a line each, on stdin and stdout. A request is ``{"command": ...}``:
+``load``, ``idle``, ``window``; the end of stdin closes the worker. An answer is ``{"answer": ...}``
+or ``{"error": text, "kind": name of the exception}``. Whatever else writes to stdout is sent to
+stderr.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from greenprune import bundle as bundles
+from greenprune import schema
+from greenprune.errors import GreenpruneError, MeasurementError
+from greenprune.harness.presets import Preset
+from greenprune.harness.statistics import summarise
+from greenprune.meters import Meter, open_meter
+
+Array = NDArray[np.float32]
+STEADY_WITHIN = 0.05
+
+
+class Worker:
+    """A loaded candidate: batches of one image, replayed in a circle that windows continue."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.preset = schema.decode(request["preset"], Preset, "preset", MeasurementError)
+        self.meter: Meter = open_meter(request["meter"])
+        opened = bundles.open_bundle(Path(request["bundle"]))
+        self.inputs, self.targets = _replay(opened)
+        self.position = 0
+        self.infer: Callable[[Array], Any]
+        self.answer: Callable[[Array], Array]
+        self.routes: Callable[[Array], tuple[Array, str]] | None = None
+        if request["variant"] == "pair":
+            self._open_pair(opened, request["runtime"], request["threads"])
+        else:
+            self._open_single(opened, request["variant"], request["runtime"], request["threads"])
+
+    def _open_single(
+        self, opened: bundles.Bundle, variant: str, runtime: str, threads: int
+    ) -> None:
+        from greenprune.registry import load_target
+
+        target = load_target(opened.manifest.target)
+        runner = target.open(opened.artifact(variant, runtime), runtime, threads)
+        logits = opened.manifest.outputs[0].name
+        self.infer = runner.run
+        self.answer = lambda image: runner.run(image)[logits]
+
+    def _open_pair(self, opened: bundles.Bundle, runtime: str, threads: int) -> None:
+        from greenprune.runtime import AdaptiveSession
+
+        session = AdaptiveSession(opened.path, runtime=runtime, threads=threads)
+        name, outputs = opened.manifest.input.name, [opened.manifest.outputs[0].name]
+
+        def routes(image: Array) -> tuple[Array, str]:
+            answers, info = session.run_with_info(outputs, {name: image})
+            return answers[0], str(info.routes[0])
+
+        self.infer = lambda image: session.run(outputs, {name: image})
+        self.answer = lambda image: session.run(outputs, {name: image})[0]
+        self.routes = routes
+
+    def load(self) -> dict[str, Any]:
+        """Answer every replay image once, then warm up to a steady state."""
+        start = time.monotonic()
+        right, routed = 0, dict.fromkeys(("aggressive", "mild", "dense"), 0)
+        for index, image in enumerate(self.inputs):
+            if self.routes is None:
+                logits = self.answer(image)
+            else:
+                logits, route = self.routes(image)
+                routed[route] += 1
+            if self.targets is not None:
+                right += int(np.argmax(logits[0]) == self.targets[index])
+        steady, inferences = self._warm_up()
+        if "torch" in sys.modules:
+            raise MeasurementError("torch was loaded on the device side; this is a defect")
+        pair = self.routes is not None
+        return {
+            "images": len(self.inputs),
+            "accuracy": None if self.targets is None else right / len(self.inputs),
+            "accept_rate": routed["aggressive"] / len(self.inputs) if pair else None,
+            "routed": {route: count for route, count in routed.items() if count},
+            "steady": steady,
+            "warmup_inferences": inferences + len(self.inputs),
+            "warmup_seconds": time.monotonic() - start,
+        }
+
+    def _warm_up(self) -> tuple[bool, int]:
+        preset, inferences = self.preset, 0
+        medians: list[float] = []
+        start = time.monotonic()
+        while (elapsed := time.monotonic() - start) < preset.warmup_cap_seconds:
+            latencies = self._time(preset.warmup_slice_seconds, 1)
+            medians.append(float(np.median(latencies)))
+            inferences += len(latencies)
+            last = medians[-3:]
+            if (
+                elapsed >= preset.warmup_seconds - preset.warmup_slice_seconds
+                and inferences >= preset.warmup_inferences
+                and len(last) == 3
+                and max(last) <= (1 + STEADY_WITHIN) * min(last)
+            ):
+                return True, inferences
+        return False, inferences
+
+    def idle(self, seconds: float) -> dict[str, Any]:
+        """Joules while the network is loaded and nothing runs."""
+        with self.meter.measure() as window:
+            time.sleep(seconds)
+        return {"energy": schema.encode(window.energy)}
+
+    def window(self) -> dict[str, Any]:
+        """One measured window: no reading, printing or collecting inside it."""
+        gc.collect()
+        gc.disable()
+        try:
+            start = time.monotonic()
+            with self.meter.measure() as window:
+                latencies = self._time(self.preset.window_seconds, self.preset.window_inferences)
+            seconds = time.monotonic() - start
+        finally:
+            gc.enable()
+        return {
+            "seconds": seconds,
+            "inferences": len(latencies),
+            "latency": schema.encode(summarise(latencies)),
+            "energy": schema.encode(window.energy),
+        }
+
+    def _time(self, seconds: float, inferences: int) -> NDArray[np.int64]:
+        """Latency of each inference, int64 [N] nanoseconds, for so long and so often at least."""
+        infer, inputs, position = self.infer, self.inputs, self.position
+        clock = time.perf_counter_ns
+        latencies: list[int] = []
+        end = clock() + int(seconds * 1e9)
+        now = 0
+        while now < end or len(latencies) < inferences:
+            image = inputs[position]
+            position = (position + 1) % len(inputs)
+            before = clock()
+            infer(image)
+            now = clock()
+            latencies.append(now - before)
+        self.position = position
+        return np.asarray(latencies, dtype=np.int64)
+
+
+def _replay(opened: bundles.Bundle) -> tuple[list[Array], NDArray[np.int64] | None]:
+    """Images of one, each [1, C, H, W], and their classes where the bundle has them."""
+    samples = opened.manifest.samples
+    images = opened.read_array(samples.replay_inputs or samples.reference_input)
+    targets = None
+    if samples.replay_inputs and samples.replay_targets:
+        targets = opened.read_array(samples.replay_targets)
+        if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
+            targets = None  # not classes: there is no top-1 accuracy
+    return [np.ascontiguousarray(image[None], dtype=np.float32) for image in images], targets
+
+
+def serve(requests: IO[str], answers: IO[str]) -> None:
+    """Answer requests until they end."""
+    worker: Worker | None = None
+    for line in requests:
+        request = json.loads(line)
+        command = request.pop("command")
+        try:
+            if command == "load":
+                worker = Worker(request)
+                reply: dict[str, Any] = {"answer": worker.load()}
+            elif worker is None:
+                raise MeasurementError(f"'{command}' before 'load'")
+            elif command == "idle":
+                reply = {"answer": worker.idle(request["seconds"])}
+            elif command == "window":
+                reply = {"answer": worker.window()}
+            else:
+                raise MeasurementError(f"unknown command '{command}'")
+        except GreenpruneError as error:
+            reply = {"error": str(error), "kind": type(error).__name__}
+        answers.write(json.dumps(reply, allow_nan=False) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Serve on the real stdin and stdout, kept apart from what libraries print."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing stdin
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

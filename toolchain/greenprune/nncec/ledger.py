@@ -1,0 +1,139 @@
+"""The ledger of a network's life: a row for each stage, appended, never changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from greenprune import schema, storage
+from greenprune.bundle import Provenance
+from greenprune.errors import RunError
+from greenprune.meters.energy import Energy
+from greenprune.nncec.factors import user_supplied
+
+JOULES_PER_KWH = 3.6e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """A number and its interval; the field's name gives the unit."""
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: Quantity) -> Quantity:
+        """Product of two quantities that are not negative."""
+        return Quantity(
+            value=self.value * factor.value,
+            low=self.low * factor.low,
+            high=self.high * factor.high,
+        )
+
+    def scaled(self, factor: float) -> Quantity:
+        """Product with an exact number that is not negative."""
+        return self.times(Quantity(value=factor, low=factor, high=factor))
+
+    def plus(self, other: Quantity) -> Quantity:
+        """Sum; the intervals add up, as errors of one meter do not cancel."""
+        return Quantity(
+            value=self.value + other.value, low=self.low + other.low, high=self.high + other.high
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One stage. ``joules``, ``kwh`` and ``kgco2e`` are None where nothing was measured.
+
+    ``kwh`` is at the meter; ``kgco2e`` = kwh x PUE x intensity / 1000.
+    """
+
+    identity: str
+    """The same for the same execution, so that it is entered once."""
+    stage: str
+    seconds: float
+    joules: Quantity | None
+    provenance: Provenance | None
+    scope: str
+    meter: str
+    kwh: Quantity | None
+    kgco2e: Quantity | None
+    intensity_g_per_kwh: Quantity
+    pue: float
+    source: str
+    """Of the intensity."""
+
+
+def stage_row(
+    *,
+    identity: str,
+    stage: str,
+    seconds: float,
+    energy: Energy | dict[str, Any] | None,
+    intensity_g_per_kwh: float,
+    pue: float,
+) -> Row:
+    """The row of one stage; ``energy`` is the record or the plain data that it was encoded to."""
+    if isinstance(energy, dict):
+        energy = schema.decode(energy, Energy, f"stage '{stage}'", RunError)
+    factor = user_supplied(intensity_g_per_kwh)
+    intensity = Quantity(value=factor.value, low=factor.low, high=factor.high)
+    joules = kwh = kgco2e = None
+    if energy is not None:
+        joules = Quantity(value=energy.value, low=energy.low, high=energy.high)
+        kwh = joules.scaled(1 / JOULES_PER_KWH)
+        kgco2e = kwh.times(intensity).scaled(pue / 1000)
+    return Row(
+        identity=identity,
+        stage=stage,
+        seconds=seconds,
+        joules=joules,
+        provenance=energy.provenance if energy else None,
+        scope=energy.scope if energy else "",
+        meter=energy.meter if energy else "none",
+        kwh=kwh,
+        kgco2e=kgco2e,
+        intensity_g_per_kwh=intensity,
+        pue=pue,
+        source=factor.source,
+    )
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one row at the end of the file; what is there is never touched.
+
+    Raises:
+        StorageError: the disk is full or the file is not writable.
+    """
+    line = json.dumps(schema.encode(row), allow_nan=False, ensure_ascii=False) + "\n"
+    with storage.storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> tuple[Row, ...]:
+    """All rows in order; none of a file that is not there yet.
+
+    Raises:
+        RunError: a line is not a row of a ledger.
+    """
+    if not path.is_file():
+        return ()
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise RunError(
+                f"{where}: expected a row as JSON: {error}; a writer was killed here: "
+                "remove this line"
+            ) from error
+        rows.append(schema.decode(content, Row, where, RunError))
+    return tuple(rows)

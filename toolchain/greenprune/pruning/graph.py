@@ -1,0 +1,474 @@
+"""Which channels of a network can only be removed together, and what removing them saves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from greenprune.errors import PruningError
+from greenprune.pruning import rules
+from greenprune.pruning.atoms import Atoms, Axis, Call, Channels, FreezeError, Ledger, Mark
+from greenprune.pruning.cost import RECURRENT, TRANSPOSED, Cost, per_layer
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Where a group's channels are in what a layer writes or reads.
+
+    ``indices`` is int64 [channels, k]: row i holds the indices of channel i, ascending; k > 1
+    where, say, a flatten spreads one channel over several inputs of a linear layer.
+    """
+
+    module: str
+    indices: Indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSlice:
+    """Which entries of a parameter or buffer belong to a group; ``indices`` as in :class:`Slice`.
+
+    ``reads``: the entries weigh the channels' values, so that zeroing them masks the channels.
+    """
+
+    parameter: str
+    dim: int
+    indices: Indices
+    reads: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A number that shrinks with a group: a module's attribute, or an int in the traced code.
+
+    ``per_channel`` is int64 [channels]: how much each channel counts for in it.
+    """
+
+    constant: bool
+    """Written in the code of graph node ``owner`` at path ``place``; else an attribute ``place``
+    of the module ``owner``."""
+    owner: str
+    place: Any
+    per_channel: Indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Channels of one structure; each of them can be removed by itself.
+
+    Channel i is everything that goes with it: row i of every index array. ``name`` is the first
+    layer, in the order of execution, that writes these channels; a further group that starts at
+    the same layer has ``#2`` behind the name, and so on.
+    """
+
+    name: str
+    channels: int
+    producers: tuple[Slice, ...]
+    consumers: tuple[Slice, ...]
+    parameters: tuple[ParameterSlice, ...]
+    numbers: tuple[Number, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """A layer of which some channels, or all, must stay."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """A layer that costs MACs; they are proportional to its output and to its input width.
+
+    ``out_groups`` and ``in_groups`` say how many of a layer's outputs and inputs one channel of a
+    group takes. Widths are those of the weight: a grouped convolution's ``in_width`` is the inputs
+    of one group, which surgery leaves alone.
+    """
+
+    module: str
+    macs: int
+    """For one sample."""
+    out_width: int
+    in_width: int
+    out_groups: dict[str, int]
+    in_groups: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What :func:`analyse` found."""
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    layers: tuple[LayerCost, ...]
+    shapes: dict[str, tuple[int, ...]]
+    """Of all parameters, by full name."""
+
+    def predict_cost(self, removed_counts: Mapping[str, int]) -> Cost:
+        """Cost after removing so many channels of each group (groups left out lose none).
+
+        Raises:
+            PruningError: an unknown group, or a count below 0 or above the group's width.
+        """
+        places = {group.name: place for place, group in enumerate(self.groups)}
+        removed = np.zeros(len(self.groups), dtype=np.int64)
+        for name, count in removed_counts.items():
+            if name not in places:
+                raise unknown_group(self, name)
+            width = self.groups[places[name]].channels
+            if not 0 <= count <= width:
+                raise PruningError(
+                    f"group '{name}': expected 0 to {width} channels to remove, got {count}"
+                )
+            removed[places[name]] = count
+        table = self._cost_table
+        sizes = (table.sizes - table.per_channel @ removed).prod(axis=1)
+        return Cost(
+            macs=int(table.macs @ sizes) + table.fixed_macs, params=int(table.params @ sizes)
+        )
+
+    @cached_property
+    def _cost_table(self) -> _CostTable:
+        return _cost_table(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CostTable:
+    """Every parameter as (size of dimension 0) x (size of dimension 1) x a constant."""
+
+    sizes: Indices
+    """int64 [parameters, 2]"""
+    per_channel: Indices
+    """int64 [parameters, 2, groups]: what each removed channel takes off the sizes."""
+    params: Indices
+    """int64 [parameters]: entries for each pair of indices of the two dimensions."""
+    macs: Indices
+    """int64 [parameters]: MACs likewise."""
+    fixed_macs: int
+
+
+def _cost_table(analysis: Analysis) -> _CostTable:
+    rows = {name: row for row, name in enumerate(analysis.shapes)}
+    sizes = np.ones((len(rows), 2), dtype=np.int64)
+    params = np.empty(len(rows), dtype=np.int64)
+    for name, row in rows.items():
+        shape = analysis.shapes[name]
+        sizes[row, : len(shape[:2])] = shape[:2]
+        params[row] = int(np.prod(shape[2:], dtype=np.int64))
+    per_channel = np.zeros((len(rows), 2, len(analysis.groups)), dtype=np.int64)
+    for column, group in enumerate(analysis.groups):
+        for part in group.parameters:
+            if part.parameter in rows:
+                per_channel[rows[part.parameter], part.dim, column] = part.indices.shape[1]
+    macs = np.zeros(len(rows), dtype=np.int64)
+    fixed_macs = 0
+    for layer in analysis.layers:
+        row = rows.get(f"{layer.module}.weight")
+        if row is None:
+            fixed_macs += layer.macs
+        else:
+            macs[row] = layer.macs // (layer.out_width * layer.in_width)
+    return _CostTable(
+        sizes=sizes, per_channel=per_channel, params=params, macs=macs, fixed_macs=fixed_macs
+    )
+
+
+def unknown_group(analysis: Analysis, name: str) -> PruningError:
+    """The error for a group's name that the analysis does not have."""
+    known = ", ".join(group.name for group in analysis.groups) or "none"
+    return PruningError(f"group '{name}' is unknown; the groups of this network are: {known}")
+
+
+def analyse(model: nn.Module, example_input: Tensor) -> Analysis:
+    """Find the groups of channels of ``model`` that can be pruned.
+
+    The network is traced with torch.fx, in eval and in training mode, and run on two copies of
+    the first sample; it is left as it was.
+
+    Args:
+        model: a network with one tensor input, batch first.
+        example_input: [N, ...], N >= 1, as the network takes it.
+
+    Raises:
+        PruningError: the network cannot be traced, or fails on ``example_input``.
+    """
+    example = example_input[:1].expand(2, *example_input.shape[1:]).clone()
+    evaluated, graph = trace(model, training=False)
+    _, training_graph = trace(model, training=True)
+    same = str(graph) == str(training_graph)
+    ledger = Ledger(constants_editable=same)
+    unfollowed: list[Frozen] = []
+    for each in [graph] if same else [graph, training_graph]:
+        walk = _Walk(evaluated, each, ledger)
+        try:
+            with torch.no_grad():
+                walk.run(example)
+        except Exception as error:
+            raise PruningError(
+                f"the network fails on an input of shape {list(example.shape)}: {error}; "
+                "expected an example_input that it takes, in batches of any size"
+            ) from error
+        unfollowed += walk.unfollowed
+    groups, frozen = _groups(ledger)
+    return Analysis(
+        groups=groups,
+        frozen=tuple(dict.fromkeys([*frozen, *unfollowed])),
+        layers=_layers(evaluated, per_layer(evaluated, example), groups),
+        shapes={name: tuple(value.shape) for name, value in evaluated.named_parameters()},
+    )
+
+
+def trace(model: nn.Module, *, training: bool) -> tuple[nn.Module, fx.Graph]:
+    """A copy of ``model`` in eval mode and its graph, with branches taken as in the mode asked for.
+
+    Raises:
+        PruningError: torch.fx cannot trace it.
+    """
+    traced = copy.deepcopy(model).train(training)
+    try:
+        graph = fx.Tracer().trace(traced)
+    except Exception as error:
+        raise PruningError(
+            f"{type(model).__name__} cannot be traced: {error}; expected a forward without "
+            "branches or loops that depend on the input's values"
+        ) from error
+    return traced.eval(), graph
+
+
+class _Walk(fx.Interpreter):
+    """Runs a graph node by node, and applies each operation's rule beside it."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, ledger: Ledger) -> None:
+        super().__init__(model, graph=graph)  # type: ignore[arg-type]
+        self.model = model
+        self.ledger = ledger
+        self.marks: dict[fx.Node, Mark] = {}
+        self.called: set[str] = set()
+        self.shared = _modules_that_share_parameters(model)
+        self.unfollowed: list[Frozen] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        result = super().run_node(n)
+        if n.op == "placeholder":
+            self.marks[n] = self._input(result)
+        elif n.op == "output":
+            self._freeze_inputs(n, "an output of the network")
+        elif n.op != "get_attr" and _holds_tensor(result):
+            self.marks[n] = self._call(n, args, kwargs, result)
+        return result
+
+    def _input(self, value: Any) -> Mark:
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return None
+        atoms = self.ledger.new(value.shape[1])
+        self.ledger.freeze(atoms, "tied to the network's input")
+        return Channels(dim=1, atoms=atoms)
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any, result: Any) -> Mark:
+        name = str(node.target) if node.op == "call_module" else node.name
+        module = self.model.get_submodule(name) if node.op == "call_module" else None
+        call = Call(
+            node=node,
+            args=args,
+            kwargs=kwargs,
+            result=result,
+            marks=self.marks,
+            ledger=self.ledger,
+            module=module,
+            name=name,
+        )
+        try:
+            if module is not None:
+                self._check_unshared(name, module)
+            return rules.apply(call)
+        except FreezeError as error:
+            self._freeze_inputs(node, str(error))
+            if module is not None and any(True for _ in module.parameters()):
+                self.unfollowed.append(Frozen(name=name, reason=str(error)))
+            return None
+
+    def _check_unshared(self, name: str, module: nn.Module) -> None:
+        if module in self.shared:
+            raise FreezeError(f"'{name}' shares a parameter with another layer")
+        again = name in self.called
+        self.called.add(name)
+        own = [axis for axis in self.ledger.axes.values() if _belongs(axis, name)] if again else []
+        if own:
+            reason = f"'{name}' is called more than once"
+            for axis in own:
+                self.ledger.freeze(axis.atoms, reason)
+            raise FreezeError(reason)
+
+    def _freeze_inputs(self, node: fx.Node, reason: str) -> None:
+        for source in node.all_input_nodes:
+            mark = self.marks.get(source)
+            if mark is not None:
+                self.ledger.freeze(mark.atoms, reason)
+
+
+def _belongs(axis: Axis, module: str) -> bool:
+    owner = axis.owner.rpartition(".")[0] if axis.kind == "parameter" else axis.owner
+    return axis.kind != "constant" and owner == module
+
+
+def _modules_that_share_parameters(model: nn.Module) -> set[nn.Module]:
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return {module for sharing in owners.values() if len(sharing) > 1 for module in sharing}
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_tensor(item) for item in value)
+    if isinstance(value, dict):
+        return any(_holds_tensor(item) for item in value.values())
+    return isinstance(value, Tensor)
+
+
+def _groups(ledger: Ledger) -> tuple[tuple[Group, ...], list[Frozen]]:
+    """Components of tied atoms, put into groups by what they are members of."""
+    component = ledger.components()
+    axes = [axis for axis in ledger.axes.values() if len(axis.atoms)]
+    written = [axis for axis in axes if axis.kind == "output"]
+    count = int(component.max(initial=-1)) + 1
+
+    reason = np.full(count, -1)  # the first one given
+    for number, (atoms, _) in reversed(list(enumerate(ledger.frozen))):
+        reason[component[atoms]] = number
+    frozen = [
+        Frozen(name=axis.owner, reason=ledger.frozen[number][1])
+        for axis in written
+        for number in dict.fromkeys(reason[component[axis.atoms]].tolist())
+        if number >= 0
+    ]
+
+    # The first layer that writes a component, and its first index there, order everything.
+    layer, index = np.full(count, -1), np.full(count, -1)
+    for number, axis in reversed(list(enumerate(written))):
+        members = component[axis.atoms]
+        layer[members] = number
+        index[members[::-1]] = np.arange(len(members))[::-1]
+    ordered = np.lexsort((index, layer))
+    ordered = ordered[(layer[ordered] >= 0) & (reason[ordered] < 0)]
+
+    families = _families(component, count, axes)[ordered]
+    _, first, family = np.unique(families, return_index=True, return_inverse=True)
+    groups: list[Group] = []
+    names: dict[str, int] = {}
+    row = np.full(count, -1)
+    for wanted in np.argsort(first):
+        members = ordered[family == wanted]
+        name = written[layer[members[0]]].owner
+        names[name] = names.get(name, 0) + 1
+        unique = name if names[name] == 1 else f"{name}#{names[name]}"
+        row[members] = np.arange(len(members))
+        groups.append(_group(unique, len(members), axes, component, row))
+        row[members] = -1
+    return tuple(groups), frozen
+
+
+def _families(component: Atoms, count: int, axes: list[Axis]) -> Atoms:
+    """A label for each component: equal where they are in the same axes equally often.
+
+    Numbers in the code are left out: the two sides of a padding differ in nothing else.
+    """
+    label = np.zeros(count, dtype=np.int64)
+    labels = 1
+    for axis in axes:
+        if axis.kind != "constant":
+            members, times = np.unique(component[axis.atoms], return_counts=True)
+            pairs = label[members] * (times.max() + 1) + times
+            _, refined = np.unique(pairs, return_inverse=True)
+            label[members] = labels + refined
+            labels += len(members)
+    return label
+
+
+def _group(name: str, channels: int, axes: list[Axis], component: Atoms, row: Atoms) -> Group:
+    """The group of the components whose ``row`` is not negative."""
+    producers, consumers, parameters, numbers = [], [], [], []
+    for axis, places, rows in _members(axes, component, row):
+        if axis.kind in ("attribute", "constant"):
+            numbers.append(
+                Number(
+                    constant=axis.kind == "constant",
+                    owner=axis.owner,
+                    place=axis.place,
+                    per_channel=np.bincount(rows, minlength=channels),
+                )
+            )
+            continue
+        indices = places[np.argsort(rows, kind="stable")].reshape(channels, -1)
+        if axis.kind == "output":
+            producers.append(Slice(module=axis.owner, indices=indices))
+        elif axis.kind == "input":
+            consumers.append(Slice(module=axis.owner, indices=indices))
+        else:
+            parameters.append(
+                ParameterSlice(
+                    parameter=axis.owner, dim=axis.place, indices=indices, reads=axis.reads
+                )
+            )
+    return Group(
+        name=name,
+        channels=channels,
+        producers=tuple(producers),
+        consumers=tuple(consumers),
+        parameters=tuple(parameters),
+        numbers=tuple(numbers),
+    )
+
+
+def _members(
+    axes: list[Axis], component: Atoms, row: Atoms
+) -> Iterator[tuple[Axis, Indices, Indices]]:
+    """The axes that hold the group's channels: at which places, and which channel each is."""
+    for axis in axes:
+        rows = row[component[axis.atoms]]
+        places = np.flatnonzero(rows >= 0)
+        if len(places):
+            yield axis, places, rows[places]
+
+
+def _layers(
+    model: nn.Module, macs: Mapping[str, int], groups: tuple[Group, ...]
+) -> tuple[LayerCost, ...]:
+    taken: dict[tuple[str, int], dict[str, int]] = {}
+    for group in groups:
+        for part in group.parameters:
+            per_channel = part.indices.shape[1]
+            taken.setdefault((part.parameter, part.dim), {})[group.name] = per_channel
+    layers = []
+    for name, total in macs.items():
+        module = model.get_submodule(name)
+        if isinstance(module, RECURRENT):
+            out_width, in_width, out_dim, in_dim = module.hidden_size, module.input_size, 0, 1
+        else:
+            out_dim, in_dim = (1, 0) if isinstance(module, TRANSPOSED) else (0, 1)
+            shape = module.get_parameter("weight").shape
+            out_width, in_width = shape[out_dim], shape[in_dim]
+        weight = f"{name}.weight"
+        layers.append(
+            LayerCost(
+                module=name,
+                macs=total,
+                out_width=out_width,
+                in_width=in_width,
+                out_groups=taken.get((weight, out_dim), {}),
+                in_groups=taken.get((weight, in_dim), {}),
+            )
+        )
+    return tuple(layers)

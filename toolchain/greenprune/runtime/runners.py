@@ -1,0 +1,137 @@
+"""The parity gate: an artifact must answer what its network answered (device side)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from greenprune.errors import ExportError, NotAvailableError
+from greenprune.registry import Runner, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far an artifact of some precision may be from its network."""
+
+    largest_difference: float
+    """Of any output value, relative to the largest reference value of that output."""
+    agreement: float
+    """Share of samples with the same top-1 class; a tie within the difference agrees."""
+
+
+TOLERANCES = {"fp32": Tolerance(largest_difference=1e-3, agreement=1.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far an artifact is from its network."""
+
+    largest_difference: float
+    agreement: float
+
+
+def verify_artifact(
+    target: Target,
+    artifact: Path,
+    runtime: str,
+    reference_input: NDArray[np.float32],
+    reference_outputs: Mapping[str, NDArray[np.float32]],
+    *,
+    threads: int = 0,
+    precision: str = "fp32",
+) -> Parity:
+    """Open a compiled artifact and compare its answers, to the whole batch and to one sample.
+
+    Args:
+        target: whose artifact it is.
+        artifact: its main file.
+        runtime: that opens it.
+        reference_input: float32 [N, C, H, W].
+        reference_outputs: output name to the network's own answers, the batch first; those of two
+            and more dimensions have their classes in the second.
+        threads: for the runtime; 0 means one for each core.
+        precision: picks the tolerance.
+
+    Raises:
+        ExportError: an output is missing, of another shape, not finite or too far off; it says by
+            how much.
+        NotAvailableError: there is no tolerance for ``precision`` yet.
+        TargetError: the runtime refuses the artifact.
+    """
+    if precision not in TOLERANCES:
+        raise NotAvailableError(f"artifacts in {precision}; expected: {', '.join(TOLERANCES)}")
+    tolerance = TOLERANCES[precision]
+    where = f"{artifact} on {runtime}"
+    runner = target.open(artifact, runtime, threads)
+    try:
+        parities = [
+            _compare(runner, reference_input, reference_outputs, tolerance, where),
+            _compare(
+                runner,
+                reference_input[:1],
+                {name: output[:1] for name, output in reference_outputs.items()},
+                tolerance,
+                where,
+            ),
+        ]
+    finally:
+        runner.close()
+    return Parity(
+        largest_difference=max(parity.largest_difference for parity in parities),
+        agreement=min(parity.agreement for parity in parities),
+    )
+
+
+def _compare(
+    runner: Runner,
+    inputs: NDArray[np.float32],
+    references: Mapping[str, NDArray[np.float32]],
+    tolerance: Tolerance,
+    where: str,
+) -> Parity:
+    missing = [name for name in references if name not in runner.output_names]
+    if missing:
+        raise ExportError(
+            f"{where}: expected the outputs {', '.join(references)}, "
+            f"found {', '.join(runner.output_names)}; export it again"
+        )
+    answers = runner.run(inputs)
+    differences, agreements = [0.0], [1.0]
+    for name, reference in references.items():
+        answer = answers[name]
+        if answer.shape != reference.shape or not np.isfinite(answer).all():
+            raise ExportError(
+                f"{where}: output '{name}': expected finite values of shape "
+                f"{list(reference.shape)}, found shape {list(answer.shape)}, "
+                f"{int((~np.isfinite(answer)).sum())} of them not finite; export it again"
+            )
+        scale = max(float(np.abs(reference).max()), 1e-12)
+        differences.append(float(np.abs(answer - reference).max()) / scale)
+        if reference.ndim >= 2:
+            tie = tolerance.largest_difference * scale
+            agreements.append(_agreement(answer, reference, tie))
+    parity = Parity(largest_difference=max(differences), agreement=min(agreements))
+    if (
+        parity.largest_difference > tolerance.largest_difference
+        or parity.agreement < tolerance.agreement
+    ):
+        raise ExportError(
+            f"{where}: its answers to {len(inputs)} samples differ from the network's by "
+            f"{parity.largest_difference:.2e} of the largest output (at most "
+            f"{tolerance.largest_difference:.0e} is expected) with the same class for "
+            f"{parity.agreement:.1%} (at least {tolerance.agreement:.1%}); it is not shipped: "
+            "try another runtime or precision"
+        )
+    return parity
+
+
+def _agreement(answer: NDArray[Any], reference: NDArray[Any], tie: float) -> float:
+    """Share of samples whose top class is the reference's, or ties with it in the reference."""
+    chosen = np.expand_dims(answer.argmax(axis=1), 1)
+    behind = reference.max(axis=1) - np.take_along_axis(reference, chosen, axis=1).squeeze(1)
+    return float((behind <= tie).mean())

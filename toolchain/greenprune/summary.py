@@ -1,0 +1,194 @@
+"""A finished run as one object for programs, one table for people, one input for the report."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from greenprune import deployment
+from greenprune.bundle import VARIANTS as NETWORKS
+from greenprune.harness import Results
+from greenprune.harness.environment import describe_environment
+from greenprune.pipeline import Job, read_stage
+
+VARIANTS = (*NETWORKS, "pair")
+
+
+def summarise(job: Job) -> dict[str, Any]:
+    """What ``greenprune run --json`` prints. Latencies are medians in ms, energies mJ."""
+    target = job.recipe.compile.target
+    results = deployment.results_of(job)
+    certified = job.results(f"certify-{target}")
+    return {
+        "run": str(job.folder),
+        "bundle": str(deployment.bundle_folder(job)),
+        "report": str(job.place(f"report-{target}") / "report.html"),
+        "seconds": sum(stage["seconds"] for stage in _stages(job)),
+        "preset": results.preset,
+        "valid": results.verdict.valid,
+        "variants": {variant: _variant(job, variant, results) for variant in VARIANTS},
+        "selector": {
+            key: job.results("selector")[key] for key in ("kind", "reason", "area_head", "area_msp")
+        },
+        "certificate": {
+            "threshold": certified["threshold"],
+            "certified_on": certified["certified_on"],
+            "table": certified["table"],
+            "headline": certified["headline"],
+        },
+        "account": deployment.read_account(job),
+    }
+
+
+def _stages(job: Job) -> list[dict[str, Any]]:
+    """Every finished stage's description, in the order in which they were run."""
+    found = (read_stage(path) for path in job.folder.iterdir() if path.is_dir())
+    return sorted((stage for stage in found if stage), key=lambda stage: str(stage["started"]))
+
+
+def _variant(job: Job, variant: str, results: Results) -> dict[str, Any]:
+    tested = job.results(f"certify-{job.recipe.compile.target}")["test"]
+    if variant == "pair":
+        # an input costs the aggressive network, and the mild one too where it is escalated
+        sizes = {name: deployment.network_results(job, name) for name in NETWORKS}
+        escalated = 1.0 - tested["coverage"]
+        macs = round(sizes["aggressive"]["macs"] + escalated * sizes["mild"]["macs"])
+        params = sizes["aggressive"]["params"] + sizes["mild"]["params"]
+    else:
+        macs, params = (deployment.network_results(job, variant)[key] for key in ("macs", "params"))
+    measured = [found for found in results.candidates if found.variant == variant]
+    chosen = next(found for found in measured if found.runtime == deployment.default_runtime(job))
+    energy = chosen.energy_mj
+    made: dict[str, Any] = {
+        "accuracy": tested["accuracy"][variant],
+        "macs": macs,
+        "params": params,
+        "latency_ms": {
+            found.runtime: interval.value
+            for found in measured
+            if (interval := found.latency_ms["p50"]) is not None
+        },
+        "speedup": {found.runtime: found.speedup.value for found in measured},
+        "energy_mj": None
+        if energy is None
+        else {
+            "value": energy.value,
+            "low": energy.low,
+            "high": energy.high,
+            "provenance": energy.provenance,
+        },
+    }
+    if variant == "pair":
+        made["accept_rate"] = tested["coverage"]
+        made["replay_accept_rate"] = chosen.accept_rate
+    return made
+
+
+def report_input(job: Job) -> dict[str, Any]:
+    """The arguments of :func:`greenprune.nncec.report.write_report` beside its path."""
+    pruned = job.results("prune")
+    results = deployment.results_of(job)
+    summary = {
+        "name": job.recipe.name,
+        "seed": job.recipe.seed,
+        "machine": describe_environment(),
+        "stages": [
+            {key: stage[key] for key in ("stage", "seconds", "energy")} for stage in _stages(job)
+        ],
+        "variants": {variant: _variant(job, variant, results) for variant in VARIANTS},
+        "selector": {
+            **job.results("selector"),
+            **job.results(f"certify-{job.recipe.compile.target}"),
+        },
+        "widths": [
+            {
+                "layer": layer,
+                "dense": width,
+                "mild": pruned["mild"]["widths"][layer],
+                "aggressive": pruned["aggressive"]["widths"][layer],
+            }
+            for layer, width in pruned["mild"]["dense_widths"].items()
+        ],
+        "caveats": _caveats(job, results),
+    }
+    return {
+        "run_summary": summary,
+        "results": results,
+        "account": deployment.account_of(job),
+    }
+
+
+def _caveats(job: Job, results: Results) -> list[str]:
+    found = [*results.verdict.failures, *results.verdict.notes]
+    if results.preset == "quick":
+        found.append(
+            "The preset 'quick' measures for seconds; for figures to publish, run greenprune-bench "
+            "with --preset standard."
+        )
+    if job.recipe.data.held_out_from == "test":
+        found.append(
+            "The weights had seen every training image, so that the selector's and the "
+            "certificate's images were taken out of the test images; accuracies are on the rest."
+        )
+    return found
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The table that a person wants to read, on stdout."""
+    variants = summary["variants"]
+    dense = variants["dense"]
+    runtimes = list(dense["latency_ms"])
+    table = Table(title=summary["run"], title_justify="left")
+    table.add_column("")
+    for heading in (
+        "accuracy",
+        "MACs",
+        "parameters",
+        *(f"{runtime} ms" for runtime in runtimes),
+        "mJ an image",
+    ):
+        table.add_column(heading, justify="right")
+    for name, found in variants.items():
+        table.add_row(
+            name,
+            f"{found['accuracy']:.2%}",
+            f"{found['macs'] / 1e6:,.2f} M ({found['macs'] / dense['macs']:.0%})",
+            f"{found['params']:,}",
+            *(_latency(found, runtime) for runtime in runtimes),
+            _energy(found["energy_mj"]),
+        )
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    pair = variants["pair"]
+    console.print(
+        f"pair: accepts {pair['accept_rate']:.0%} of the test images "
+        f"({pair['replay_accept_rate']:.0%} of the replayed ones); "
+        f"{summary['certificate']['headline']}",
+        highlight=False,
+    )
+    console.print(f"selector: {summary['selector']['reason']}", highlight=False)
+    console.print(
+        f"bundle: {summary['bundle']}\nreport: {summary['report']}\n"
+        f"{summary['seconds']:.0f} s in all, measured with the preset '{summary['preset']}'"
+        f"{'' if summary['valid'] else '; the measurement is NOT valid, see the report'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _latency(found: dict[str, Any], runtime: str) -> str:
+    latency = found["latency_ms"].get(runtime)
+    if latency is None:
+        return "not measured"
+    return f"{latency:.3f} ({found['speedup'][runtime]:.2f}x)"
+
+
+def _energy(energy: dict[str, Any] | None) -> str:
+    if energy is None:
+        return "no meter"
+    if energy["provenance"].startswith("measured"):
+        return f"{energy['value']:.3f}"
+    return f"ESTIMATE {energy['low']:.3f} to {energy['high']:.3f}"
