@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from greenprune.errors import MeasurementError
 from greenprune.harness import PRESETS, describe_environment, diagnose, read_results, write_results
 from greenprune.harness.client import Client, WorkerError
+from greenprune.harness.environment import print_diagnosis
 from greenprune.harness.presets import find_preset
 from greenprune.harness.results import MeasuredWindow, Results
 from greenprune.harness.statistics import order_interval, paired_ratio, summarise
@@ -257,13 +258,20 @@ def test_environment_is_read_from_a_root(tmp_path: Path) -> None:
     assert describe_environment(tmp_path / "nowhere")["governor"] is None
 
 
-def test_doctor_answers_plain_data(tmp_path: Path) -> None:
+def test_doctor_answers_plain_data_and_tells_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = diagnose(tmp_path)
     assert json.loads(json.dumps(found)) == found
     assert found["meters"]["estimate"]["works"]
     assert not found["meters"]["rapl"]["works"]
     assert "onnxruntime" in found["targets"]["x86"]["runtimes"]
     assert found["packages"]["onnxruntime"]
+    print_diagnosis(found)
+    told = capsys.readouterr().out
+    for name in (*found["targets"], *found["meters"], *found["packages"]):
+        assert name in told
+    assert "no RAPL" in told
 
 
 def test_worker_refuses_and_its_death_is_told() -> None:

@@ -167,19 +167,21 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of the checked file ``name`` and of all that a runtime opens with it.
 
-        What is named alike but for the suffix (OpenVINO's ``mild.xml`` and ``mild.bin``) belongs
+        What is named alike up to the suffix (OpenVINO's ``mild.xml`` and ``mild.bin``) belongs
         together and is checked together.
 
         Raises:
             BundleError: the path leaves the bundle, the file is missing, not listed or changed.
         """
         path = self._locate(name)
-        listed = {entry for entry in self.manifest.files if _stem(entry) == _stem(name)}
+        folder, prefix = PurePosixPath(name).parent, f"{path.stem}."
         # a runtime finds the companion by its name: one that nobody listed must not get in
-        present = {
-            (PurePosixPath(name).parent / found.name).as_posix()
-            for found in path.parent.iterdir()
-            if found.is_file() and _stem(found.name) == _stem(PurePosixPath(name).name)
+        present = {(folder / found.name).as_posix() for found in path.parent.glob(f"{prefix}*")}
+        listed = {
+            entry
+            for entry in self.manifest.files
+            if PurePosixPath(entry).parent == folder
+            and PurePosixPath(entry).name.startswith(prefix)
         }
         for entry in sorted(listed | present):
             self._read_checked(entry)
@@ -193,17 +195,14 @@ class Bundle:
         """
         content = self._read_checked(name)
         try:
-            array = np.load(io.BytesIO(content), allow_pickle=False)
+            if not content.startswith(np.lib.format.MAGIC_PREFIX):
+                raise ValueError("it does not begin like one")
+            array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
         except (ValueError, EOFError, OSError, MemoryError) as error:
             raise BundleError(
                 f"{self.path / name}: expected a .npy array of plain numbers: {error}; "
                 "make the bundle again"
             ) from error
-        if not isinstance(array, np.ndarray):
-            raise BundleError(
-                f"{self.path / name}: expected one .npy array, found an archive; "
-                "make the bundle again"
-            )
         return array
 
     def artifact(self, variant: str, runtime: str) -> Path:
@@ -406,16 +405,12 @@ def _is_safe(name: str) -> bool:
     """A plain relative path in POSIX form that cannot leave the bundle."""
     path = PurePosixPath(name)
     return (
-        bool(name)
+        bool(path.parts)
         and path.as_posix() == name
         and not path.is_absolute()
-        and not {"..", "."} & set(path.parts)
+        and ".." not in path.parts
         and not any(sign in name for sign in "\\:\0")
     )
-
-
-def _stem(name: str) -> str:
-    return PurePosixPath(name).with_suffix("").as_posix()
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class Work:
     checkpoint: Path
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Stage:
     """One stage: what it depends on and the function that does it."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from greenprune import deployment, export, models, schema, sparsity, storage, training
+from greenprune import deployment, models, onnx_export, schema, sparsity, storage, training
 from greenprune.adaptive import selector as selecting
 from greenprune.data import Data, Split, normalise
 from greenprune.errors import DataError, RecipeError, WeightsError
@@ -308,10 +308,10 @@ def export_graphs(work: Work) -> dict[str, Any]:
     sizes = {}
     for variant, (network, names) in networks.items():
         path = work.folder / f"{variant}.onnx"
-        for name, answer in export.export_onnx(network, example, path, names).items():
+        for name, answer in onnx_export.export_onnx(network, example, path, names).items():
             np.save(work.folder / f"{variant}_{name}.npy", answer, allow_pickle=False)
         sizes[variant] = path.stat().st_size
-    return {"bytes": sizes, "opset": export.OPSET}
+    return {"bytes": sizes, "opset": onnx_export.OPSET}
 
 
 def of(recipe: Recipe) -> list[Stage]:
@@ -329,7 +329,7 @@ def of(recipe: Recipe) -> list[Stage]:
             "export",
             export_graphs,
             needs=("train", "selector"),
-            depends=lambda job: export.OPSET,
+            depends=lambda job: onnx_export.OPSET,
         ),
         *deployment.stages(target),
     ]

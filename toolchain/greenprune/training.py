@@ -144,7 +144,7 @@ class _Epoch:
         penalty: Penalty | None,
         advance: Advance,
     ) -> float:
-        """Train through the epoch; returns its mean loss (of this process)."""
+        """Train through the epoch; returns its mean loss over all processes."""
         data, settings = self.data, self.settings
         order = torch.randperm(len(data.train), generator=self._generator(0))
         own = self._generator(1 + fabric.global_rank)
@@ -169,7 +169,7 @@ class _Epoch:
                 penalty.step(optimizer)
             total += found
             advance(1, note=f"epoch {self.epoch + 1}/{settings.epochs}, loss {found:.3f}")
-        return total / count
+        return float(fabric.all_reduce(torch.tensor(total / count)))  # type: ignore[arg-type]
 
     def _generator(self, stream: int) -> torch.Generator:
         words = np.random.SeedSequence([self.seed, self.epoch, stream]).generate_state(1, np.uint64)

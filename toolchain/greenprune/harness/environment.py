@@ -106,6 +106,27 @@ def diagnose(root: Path = Path("/")) -> dict[str, Any]:
     }
 
 
+def print_diagnosis(found: dict[str, Any]) -> None:
+    """What :func:`diagnose` found, as lines for a person on stdout."""
+    state = ("cpu", "threads", "governor", "power_mode", "virtual_machine")
+    print(f"greenprune {found['greenprune']} on Python {found['python']}")
+    print("packages: " + ", ".join(f"{name} {v}" for name, v in found["packages"].items()))
+    for key in state:
+        value = found[key]
+        print(f"{key.replace('_', ' ')}: {'not known' if value is None else value}")
+    for place, free in found["disk_free_gb"].items():
+        print(f"disk free: {free} GB at {place}")
+    print("targets:")
+    for name, target in found["targets"].items():
+        lacks = f"; not installed: {', '.join(target['lacks'])}" if target["lacks"] else ""
+        print(f"  {name:<9}{target['status']}{lacks}")
+    print("meters:")
+    for name, meter in found["meters"].items():
+        print(f"  {name:<9}{'works' if meter['works'] else meter['reason']}")
+        if meter["command"]:
+            print(f"  {'':<9}to grant access: {meter['command']}")
+
+
 def _diagnose_targets() -> dict[str, dict[str, Any]]:
     from greenprune.errors import GreenpruneError
     from greenprune.registry import available_targets, load_target

@@ -129,9 +129,15 @@ def _choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) ->
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Hold the machine-wide lock, so that two measurements never overlap."""
-    lock = filelock.FileLock(Path(tempfile.gettempdir()) / "greenprune-bench.lock", mode=0o666)
+    path = Path(tempfile.gettempdir()) / "greenprune-bench.lock"
+    lock = filelock.FileLock(path, mode=0o666)
     try:
         lock.acquire(timeout=0)
+    except PermissionError as error:
+        raise MeasurementError(
+            f"{path}: the lock of another user's measurement cannot be opened; "
+            "remove it when that measurement has ended"
+        ) from error
     except filelock.Timeout:
         say("another measurement is running on this machine; waiting for it to end")
         lock.acquire()

@@ -256,7 +256,7 @@ def break_even(
         return BreakEven(
             inferences=None,
             reason="no saving is shown: the energy ratio to dense is "
-            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], which reaches 1",
+            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], which is not wholly below 1",
         )
     missing = [stage for stage in unmeasured if _purpose(stage) == "pruning"]
     if missing:

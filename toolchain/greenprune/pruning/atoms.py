@@ -190,7 +190,10 @@ class Call:
         assert self.module is not None
         if getattr(self.module, name, None) is None:
             return
-        own = (self.module.named_parameters(recurse=False), self.module.named_buffers(recurse=False))
+        own = (
+            self.module.named_parameters(recurse=False),
+            self.module.named_buffers(recurse=False),
+        )
         if not any(name == known for entries in own for known, _ in entries):
             raise FreezeError(f"'{name}' of '{self.name}' is computed from other parameters")
         self._add("parameter", f"{self.name}.{name}", dim, atoms, reads)

@@ -74,9 +74,9 @@ def _call_macs(module: nn.Module, read: Tensor, written: Any) -> int:
         data = getattr(read, "data", read)  # of a PackedSequence
         steps = prod(data.shape[:-1])
         return steps * sum(w.numel() for n, w in module.named_parameters() if "weight" in n)
-    weight: Tensor = module.get_parameter("weight")
+    weight: Tensor = getattr(module, "weight")  # noqa: B009 (parametrised, it is no Parameter)
     if isinstance(module, nn.Linear):
-        return written.numel() // module.out_features * weight.numel()
+        return int(written.numel() // module.out_features * weight.numel())
     if isinstance(module, TRANSPOSED):
         return read.numel() // read.shape[1] * weight.numel()
     return int(written.numel() // written.shape[1] * weight.numel())

@@ -173,11 +173,11 @@ def _cost_table(analysis: Analysis) -> _CostTable:
     macs = np.zeros(len(rows), dtype=np.int64)
     fixed_macs = 0
     for layer in analysis.layers:
-        row = rows.get(f"{layer.module}.weight")
-        if row is None:
+        weight = f"{layer.module}.weight"
+        if weight in rows:
+            macs[rows[weight]] = layer.macs // (layer.out_width * layer.in_width)
+        else:  # recurrent layers have other names
             fixed_macs += layer.macs
-        else:
-            macs[row] = layer.macs // (layer.out_width * layer.in_width)
     return _CostTable(
         sizes=sizes, per_channel=per_channel, params=params, macs=macs, fixed_macs=fixed_macs
     )
@@ -234,8 +234,8 @@ def trace(model: nn.Module, *, training: bool) -> tuple[nn.Module, fx.Graph]:
     Raises:
         PruningError: torch.fx cannot trace it.
     """
-    traced = copy.deepcopy(model).train(training)
     try:
+        traced = copy.deepcopy(model).train(training)
         graph = fx.Tracer().trace(traced)
     except Exception as error:
         raise PruningError(
@@ -249,7 +249,7 @@ class _Walk(fx.Interpreter):
     """Runs a graph node by node, and applies each operation's rule beside it."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, ledger: Ledger) -> None:
-        super().__init__(model, graph=graph)  # type: ignore[arg-type]
+        super().__init__(model, graph=graph)
         self.model = model
         self.ledger = ledger
         self.marks: dict[fx.Node, Mark] = {}
@@ -458,7 +458,7 @@ def _layers(
             out_width, in_width, out_dim, in_dim = module.hidden_size, module.input_size, 0, 1
         else:
             out_dim, in_dim = (1, 0) if isinstance(module, TRANSPOSED) else (0, 1)
-            shape = module.get_parameter("weight").shape
+            shape = getattr(module, "weight").shape  # noqa: B009 (may be computed: no Parameter)
             out_width, in_width = shape[out_dim], shape[in_dim]
         weight = f"{name}.weight"
         layers.append(

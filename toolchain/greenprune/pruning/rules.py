@@ -195,9 +195,7 @@ def _index_items(call: Call) -> list[tuple[int, int | slice | None]]:
     """What is in the brackets and where it is written, with ``...`` spelled out."""
     value, index = call.args[0], call.args[1]
     items = list(enumerate(index if isinstance(index, tuple) else [index]))
-    if not all(
-        item is None or item is ... or isinstance(item, int | slice) for _, item in items
-    ):
+    if not all(item is None or item is ... or isinstance(item, int | slice) for _, item in items):
         raise FreezeError(f"'{call.name}' picks with a tensor or a list")
     ellipsis = next((place for place, item in items if item is ...), None)
     if ellipsis is not None:

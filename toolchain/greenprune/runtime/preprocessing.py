@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
-from greenprune.bundle import Preprocessing
 from greenprune.errors import DataError
+
+if TYPE_CHECKING:
+    from greenprune.bundle import Preprocessing
 
 
 def preprocess(image: NDArray[np.uint8], settings: Preprocessing) -> NDArray[np.float32]:

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType, TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from greenprune import bundle, registry
 from greenprune.errors import BundleError, DataError
 from greenprune.runtime import preprocessing
 from greenprune.runtime.selector import decide
+
+if TYPE_CHECKING:
+    from greenprune import bundle, registry
 
 Route = Literal["aggressive", "mild", "dense"]
 ROUTES: tuple[Route, ...] = get_args(Route)
@@ -104,6 +106,8 @@ class AdaptiveSession:
         threshold: float | EllipsisType | None = ...,
         route: Route | None = None,
     ) -> None:
+        from greenprune import bundle  # here, so that importing the runtime is quick
+
         if route is not None and route not in ROUTES:
             raise BundleError(f"route = {route!r}: expected None or one of {', '.join(ROUTES)}")
         opened = bundle.open_bundle(bundle_path)
@@ -120,15 +124,7 @@ class AdaptiveSession:
         self._lock = threading.Lock()
         self._calls = self._faults = 0
         self._samples: dict[Route, int] = dict.fromkeys(ROUTES, 0)
-        target = registry.load_target(manifest.target)
-        wanted: tuple[Route, ...] = (self._route,) if self._route else ("aggressive", "mild")
-        self._runners: dict[str, registry.Runner] = {}
-        for variant in wanted:
-            artifact = opened.artifact(variant, self.runtime)
-            runner = target.open(artifact, self.runtime, threads)
-            self._runners[variant] = runner
-            asked = (*self._outputs, SCORE) if len(wanted) > 1 and variant == "aggressive" else ()
-            _check_names(artifact, runner, self._input, asked or self._outputs)
+        self._runners = _open(opened, self._route, self.runtime, threads)
 
     @property
     def threshold(self) -> float | None:
@@ -219,7 +215,7 @@ class AdaptiveSession:
                 runner.run(blank)
 
     def close(self) -> None:
-        """Give the networks' memory back; closing twice does no harm."""
+        """Give the networks' memory back, once no call is running; twice does no harm."""
         runners, self._runners = self._runners, {}
         for runner in runners.values():
             runner.close()
@@ -336,11 +332,11 @@ def _checked_scores(outputs: Mapping[str, NDArray[Any]], samples: int) -> NDArra
 
 def _threshold(record: bundle.SelectorRecord, asked: float | EllipsisType | None) -> float | None:
     threshold = record.threshold if isinstance(asked, EllipsisType) else asked
-    if threshold is not None and not (
-        isinstance(threshold, (int, float)) and math.isfinite(threshold)
-    ):
+    if threshold is None:
+        return None
+    if not isinstance(threshold, (int, float, np.floating)) or not math.isfinite(threshold):
         raise BundleError(f"threshold = {threshold!r}: expected a finite number or None")
-    return threshold
+    return float(threshold)
 
 
 def _is_certified(manifest: bundle.Manifest, runtime: str, threshold: float | None) -> bool:
@@ -351,16 +347,32 @@ def _is_certified(manifest: bundle.Manifest, runtime: str, threshold: float | No
     )
 
 
-def _check_names(
-    artifact: Path, runner: registry.Runner, input_name: str, outputs: Sequence[str]
-) -> None:
-    missing = [name for name in outputs if name not in runner.output_names]
-    if runner.input_name != input_name or missing:
-        raise BundleError(
-            f"{artifact}: expected the input '{input_name}' and the outputs {', '.join(outputs)}, "
-            f"found '{runner.input_name}' and {', '.join(runner.output_names)}; "
-            "make the bundle again"
-        )
+def _open(
+    opened: bundle.Bundle, route: Route | None, runtime: str, threads: int
+) -> dict[str, registry.Runner]:
+    """The runners that a route needs, each checked to take and give what the session relies on."""
+    from greenprune import registry
+
+    manifest = opened.manifest
+    outputs = [output.name for output in manifest.outputs]
+    wanted = {route: outputs} if route else {"aggressive": [*outputs, SCORE], "mild": outputs}
+    target = registry.load_target(manifest.target)
+    runners: dict[str, registry.Runner] = {}
+    try:
+        for variant, names in wanted.items():
+            artifact = opened.artifact(variant, runtime)
+            runner = runners[variant] = target.open(artifact, runtime, threads)
+            if runner.input_name != manifest.input.name or set(names) - set(runner.output_names):
+                raise BundleError(
+                    f"{artifact}: expected the input '{manifest.input.name}' and the outputs "
+                    f"{', '.join(names)}, found '{runner.input_name}' and "
+                    f"{', '.join(runner.output_names)}; make the bundle again"
+                )
+    except BaseException:
+        for runner in runners.values():
+            runner.close()
+        raise
+    return runners
 
 
 def _node(spec: bundle.TensorSpec) -> NodeArg:

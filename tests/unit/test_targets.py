@@ -1,0 +1,236 @@
+"""Targets: found by name, honest about what they cannot do, artifacts held to their networks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from greenprune import registry
+from greenprune.bundle import open_bundle
+from greenprune.errors import (
+    ExportError,
+    MissingPackageError,
+    NotAvailableError,
+    TargetError,
+)
+from greenprune.runtime.runners import verify_artifact
+from greenprune_targets.base import processor
+
+READY = {"x86", "arm"}
+
+
+@pytest.mark.parametrize("name", sorted(registry.TARGETS))
+def test_capabilities_are_readable_everywhere(name: str) -> None:
+    target = registry.load_target(name)
+    assert target.name == name
+    assert target.description
+    found = target.capabilities
+    assert found.status.startswith("ready" if name in READY else "not available yet: ")
+    assert set(target.runtimes_here()) <= set(found.runtimes)
+    probed = target.probe()
+    assert set(probed["versions"]) == set(found.runtimes)
+    for runtime in target.runtimes_here():
+        assert probed["versions"][runtime]
+
+
+def test_reading_capabilities_loads_no_runtime() -> None:
+    code = (
+        "import sys\n"
+        "from greenprune.registry import TARGETS, load_target\n"
+        "for name in TARGETS: target = load_target(name); target.probe(); target.runtimes_here()\n"
+        "heavy = {'torch', 'onnxruntime', 'openvino', 'tensorrt'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(set(registry.TARGETS) - READY))
+def test_what_is_not_there_yet_says_so(name: str, tmp_path: Path) -> None:
+    target = registry.load_target(name)
+    runtime = target.capabilities.runtimes[0]
+    with pytest.raises(NotAvailableError, match=f"not available yet: {name}: "):
+        target.compile(tmp_path / "a.onnx", runtime, tmp_path, "a")
+    with pytest.raises(NotAvailableError, match=f"not available yet: {name}: "):
+        target.open(tmp_path / "a.onnx", runtime, 0)
+
+
+def test_an_unknown_target_names_the_known_and_the_near() -> None:
+    with pytest.raises(TargetError, match=r"'jetsn' \(did you mean 'jetson'\?\).*arm, cuda"):
+        registry.load_target("jetsn")
+
+
+def test_other_packages_bring_targets_but_no_built_in_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entries = [
+        metadata.EntryPoint("toaster", "greenprune_targets.arm:Arm", registry.ENTRY_POINTS),
+        metadata.EntryPoint("broken", "no_such_package:Target", registry.ENTRY_POINTS),
+        metadata.EntryPoint("x86", "greenprune_targets.arm:Arm", registry.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: entries)
+    assert set(registry.available_targets()) == {*registry.TARGETS, "toaster", "broken"}
+    assert registry.load_target("toaster").description == "64-bit Arm CPU, by ONNX Runtime"
+    assert registry.load_target("x86").name == "x86"
+    with pytest.raises(TargetError, match="no_such_package:Target cannot be loaded"):
+        registry.load_target("broken")
+
+
+@pytest.mark.parametrize(("name", "runtime"), [("x86", "openvino"), ("arm", "onnxruntime")])
+def test_compile_and_open_again(name: str, runtime: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip(runtime)
+    target, opened = registry.load_target(name), open_bundle(tiny_bundle)
+    made = target.compile(opened.file("graphs/aggressive.onnx"), runtime, tmp_path / "out", "net")
+    assert made.parent == tmp_path / "out"
+    assert made.stem == "net"
+    runner = target.open(made, runtime, 1)
+    assert runner.input_name == "input"
+    assert set(runner.output_names) == {"logits", "score"}
+    inputs = opened.read_array("samples/replay_inputs.npy")
+    whole = runner.run(inputs)
+    assert whole["logits"].shape == (64, 4)
+    assert whole["score"].shape == (64,)
+    kept = whole["logits"].copy()
+    one = runner.run(inputs[:1])
+    np.testing.assert_allclose(one["logits"], whole["logits"][:1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(whole["logits"], kept)  # answers are the caller's own
+    runner.close()
+
+
+def test_openvino_is_imported_without_its_telemetry(tiny_bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from greenprune.registry import load_target\n"
+        f"graph = Path({str(tiny_bundle / 'graphs/mild.onnx')!r})\n"
+        "target = load_target('x86')\n"
+        "target.open(target.compile(graph, 'openvino', graph.parent, 'm'), 'openvino', 1)\n"
+        "sys.exit('openvino_telemetry' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_file_that_is_no_network_is_refused_by_name(runtime: str, tmp_path: Path) -> None:
+    pytest.importorskip(runtime)
+    target = registry.load_target("x86")
+    broken = tmp_path / ("broken.onnx" if runtime == "onnxruntime" else "broken.xml")
+    broken.write_bytes(b"this is not a network")
+    with pytest.raises(TargetError, match=f"{broken.name}: expected a network that {runtime}"):
+        target.open(broken, runtime, 1)
+    with pytest.raises(TargetError, match=r"no runtime 'tensorrt'.*onnxruntime, openvino"):
+        target.open(broken, "tensorrt", 1)
+    with pytest.raises(TargetError, match="no runtime 'tensorrt'"):
+        target.compile(broken, "tensorrt", tmp_path, "a")
+
+
+def test_a_missing_runtime_names_its_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from greenprune_targets import x86
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for function in (x86._openvino, x86._core):
+        function.cache_clear()
+    with pytest.raises(MissingPackageError, match=r"pip install 'greenprune\[x86\]'"):
+        registry.load_target("x86").open(tmp_path / "a.xml", "openvino", 0)
+
+
+def test_processor_reads_what_the_system_tells(tmp_path: Path) -> None:
+    assert processor(tmp_path)["cpu"] is None
+    (tmp_path / "proc").mkdir()
+    info = tmp_path / "proc/cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx fma\n\n" * 2)
+    found = processor(tmp_path)
+    assert (found["cpu"], found["isa"]) == ("Some CPU", ["avx", "avx2", "fma"])
+    info.write_text("processor\t: 0\nFeatures\t: fp asimd asimddp\nHardware\t: Board\n")
+    found = processor(tmp_path)
+    assert (found["cpu"], found["isa"]) == ("Board", ["asimd", "asimddp"])
+
+
+class Fixed:
+    """A target whose network answers what the test says."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {name: np.asarray(value, np.float32) for name, value in answers.items()}
+        self.input_name, self.output_names = "input", tuple(self.answers)
+        self.closed = False
+
+    def open(self, artifact: Path, runtime: str, threads: int) -> Fixed:
+        return self
+
+    def run(self, inputs: Any) -> dict[str, Any]:
+        return {name: answer[: len(inputs)] for name, answer in self.answers.items()}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+LOGITS = np.array([[1.0, 2.0], [10.0, -3.0], [5.0, 5.0005]], dtype=np.float32)
+INPUTS = np.zeros((3, 1, 2, 2), dtype=np.float32)
+
+
+def check(target: Any, **references: Any) -> Any:
+    return verify_artifact(target, Path("net.onnx"), "fake", INPUTS, references)
+
+
+def test_parity_passes_what_agrees_and_says_how_well() -> None:
+    target = Fixed(logits=LOGITS + np.float32([[0.002, 0.0]]), score=[0.1, 0.2, 0.3])
+    found = check(target, logits=LOGITS, score=np.float32([0.1, 0.2, 0.3]))
+    assert found.largest_difference == pytest.approx(2e-4, rel=1e-2)
+    assert found.agreement == 1.0  # the third sample changed its class, within a tie
+    assert target.closed
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (LOGITS + np.float32([[0.02, 0.0]]), r"differ .* by 2\.00e-03 .*at most 1e-03"),
+        (LOGITS[:, ::-1], "same class for 33.3%"),
+        (LOGITS[:, :1], r"expected finite values of shape \[3, 2\], found shape \[3, 1\]"),
+        (np.where(LOGITS == 10, np.nan, LOGITS), "1 of them not finite"),
+    ],
+)
+def test_parity_refuses_and_says_by_how_much(answer: Any, message: str) -> None:
+    target = Fixed(logits=answer)
+    with pytest.raises(ExportError, match=message):
+        check(target, logits=LOGITS)
+    assert target.closed
+
+
+def test_parity_refuses_a_missing_output_and_an_unknown_precision() -> None:
+    with pytest.raises(ExportError, match="expected the outputs logits, score, found logits"):
+        check(Fixed(logits=LOGITS), logits=LOGITS, score=LOGITS[:, 0])
+    with pytest.raises(NotAvailableError, match="int8"):
+        verify_artifact(
+            Fixed(logits=LOGITS), Path("a"), "fake", INPUTS, {"logits": LOGITS}, precision="int8"
+        )
+
+
+def test_a_batch_that_changes_the_answers_is_refused() -> None:
+    class Mixing(Fixed):
+        def run(self, inputs: Any) -> dict[str, Any]:
+            return {"logits": LOGITS if len(inputs) == 3 else LOGITS[1:2]}
+
+    with pytest.raises(ExportError, match="answers to 1 samples differ"):
+        check(Mixing(logits=LOGITS), logits=LOGITS)

@@ -1,0 +1,314 @@
+"""Cutting channels out of a network, with the proof that nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from greenprune.errors import ProofError, PruningError
+from greenprune.pruning.cost import evaluating
+from greenprune.pruning.graph import Analysis, Group, Number, analyse, trace, unknown_group
+
+TOLERANCE = 1e-10
+"""Largest difference that the proof allows, as a share of the largest output (float64)."""
+
+Removed = Mapping[str, Sequence[int]]
+"""Group name to the channels that go."""
+_Cuts = list[tuple[Group, NDArray[np.int64]]]
+
+
+def prune_channels(model: nn.Module, example_input: Tensor, removed: Removed) -> nn.Module:
+    """Remove channels, and prove that the compact network equals the masked one.
+
+    Args:
+        model: a network with one tensor input, batch first; it is left as it is.
+        example_input: [N, ...], N >= 1.
+        removed: group name, as :func:`greenprune.pruning.graph.analyse` gives it, to the indices
+            of its channels that go.
+
+    Returns:
+        A smaller copy, in the mode of ``model``. Its forward is the model's own, unless numbers
+        written in it had to change: then it is a ``torch.fx.GraphModule``.
+
+    Raises:
+        PruningError: the network cannot be analysed; an unknown group; an index that is out of
+            range or given twice; a group of which no channel would stay.
+        ProofError: the compact network computes something else; the message says by how much.
+    """
+    analysis = analyse(model, example_input)
+    prove(model, analysis, example_input, removed)
+    return compact(model, analysis, removed)
+
+
+def masked(model: nn.Module, analysis: Analysis, removed: Removed) -> nn.Module:
+    """A copy of the same size in which every weight that reads a removed channel is zero.
+
+    Raises:
+        PruningError: as :func:`prune_channels`.
+    """
+    cuts = _checked(model, analysis, removed)
+    result = copy.deepcopy(model)
+    with torch.no_grad():
+        for group, channels in cuts:
+            for part in group.parameters:
+                if part.reads:
+                    tensor = result.get_parameter(part.parameter)
+                    gone = torch.from_numpy(part.indices[channels].ravel())
+                    tensor.index_fill_(part.dim, gone.to(tensor.device), 0.0)
+    return result
+
+
+def compact(model: nn.Module, analysis: Analysis, removed: Removed) -> nn.Module:
+    """A copy without the removed channels, not proved; see :func:`prune_channels`.
+
+    Raises:
+        PruningError: as :func:`prune_channels`.
+    """
+    cuts = _checked(model, analysis, removed)
+    result = copy.deepcopy(model)
+    for (name, dim), gone in _entries(cuts).items():
+        _cut_tensor(result, name, dim, gone)
+    constants = []
+    for group, channels in cuts:
+        for number in group.numbers:
+            less = int(number.per_channel[channels].sum())
+            if number.constant and less:
+                constants.append((number, less))
+            elif less:
+                owner = result.get_submodule(number.owner)
+                setattr(owner, number.place, getattr(owner, number.place) - less)
+    return _with_constants(result, constants) if constants else result
+
+
+def _checked(model: nn.Module, analysis: Analysis, removed: Removed) -> _Cuts:
+    if {name: tuple(value.shape) for name, value in model.named_parameters()} != analysis.shapes:
+        raise PruningError(
+            "the analysis is of another network: expected the network that it was made of; "
+            "analyse this one"
+        )
+    groups = {group.name: group for group in analysis.groups}
+    cuts = []
+    for name, channels in removed.items():
+        if name not in groups:
+            raise unknown_group(analysis, name)
+        group, wanted = groups[name], np.asarray(channels, dtype=np.int64)
+        out_of_range = wanted[(wanted < 0) | (wanted >= group.channels)]
+        if len(out_of_range):
+            raise PruningError(
+                f"group '{name}': expected channels from 0 to {group.channels - 1}, "
+                f"got {out_of_range.tolist()}"
+            )
+        if len(np.unique(wanted)) != len(wanted):
+            raise PruningError(f"group '{name}': a channel is given twice: {wanted.tolist()}")
+        if len(wanted) == group.channels:
+            raise PruningError(
+                f"group '{name}': all {group.channels} channels would go; keep at least one"
+            )
+        cuts.append((group, wanted))
+    return cuts
+
+
+def _entries(cuts: _Cuts) -> dict[tuple[str, int], NDArray[np.int64]]:
+    """The indices that go, for each dimension of each parameter and buffer."""
+    found: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
+    for group, channels in cuts:
+        for part in group.parameters:
+            gone = part.indices[channels].ravel()
+            found.setdefault((part.parameter, part.dim), []).append(gone)
+    return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+def _cut_tensor(model: nn.Module, name: str, dim: int, gone: NDArray[np.int64]) -> None:
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    tensor: Tensor = getattr(owner, attribute)
+    kept = np.setdiff1d(np.arange(tensor.shape[dim]), gone)
+    smaller = tensor.detach().index_select(dim, torch.from_numpy(kept).to(tensor.device))
+    if isinstance(tensor, nn.Parameter):
+        smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+    setattr(owner, attribute, smaller)
+
+
+def _with_constants(model: nn.Module, changes: list[tuple[Number, int]]) -> fx.GraphModule:
+    """The traced network, with numbers in its code made smaller."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    traced, graph = trace(model, training=False)
+    nodes = {node.name: node for node in graph.nodes}
+    for number, less in changes:
+        node, (kind, *path) = nodes[number.owner], number.place
+        if kind == "args":
+            node.args = _less(node.args, path, less)
+        else:
+            node.kwargs = _less(node.kwargs, path, less)
+    result = fx.GraphModule(traced, graph, class_name=type(model).__name__)
+    for name, module in traced.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            result.add_submodule(name, module)  # also those that forward does not call
+    for name, module in result.named_modules():
+        module.training = modes.get(name, model.training)
+    return result
+
+
+def _less(value: Any, path: Sequence[Any], less: int) -> Any:
+    """``value`` with the int at ``path`` made smaller; containers are copied."""
+    if not path:
+        return value - less
+    step, rest = path[0], path[1:]
+    if isinstance(value, slice):
+        parts = {name: getattr(value, name) for name in ("start", "stop", "step")}
+        parts[step] = _less(parts[step], rest, less)
+        return slice(parts["start"], parts["stop"], parts["step"])
+    if isinstance(value, Mapping):
+        return {**value, step: _less(value[step], rest, less)}
+    return type(value)(
+        _less(item, rest, less) if place == step else item for place, item in enumerate(value)
+    )
+
+
+def prove(model: nn.Module, analysis: Analysis, example_input: Tensor, removed: Removed) -> float:
+    """Prove that compact equals masked, and return the relative difference that was seen.
+
+    Both networks are built from one copy of ``model`` in float64 whose every parameter and
+    statistic was moved at random, so that nothing is zero by luck, and are run in eval mode on
+    random input. What they compute is, piece by piece, a rational function of these values: it
+    does not agree at a random point unless it agrees everywhere.
+
+    Raises:
+        ProofError: they differ by more than ``TOLERANCE``, or one of them fails.
+        PruningError: as :func:`prune_channels`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    reference = copy.deepcopy(model).double()
+    _move_at_random(reference, generator)
+    example = _random_input(example_input, generator)
+    expected = _outputs(masked(reference, analysis, removed), example)
+    try:
+        found = _outputs(compact(reference, analysis, removed), example)
+    except RuntimeError as error:
+        raise ProofError(
+            f"the compact network does not run: {error}; remove other channels, and please report "
+            "the operation"
+        ) from error
+    difference = _relative_difference(expected, found)
+    if not difference <= TOLERANCE:
+        raise ProofError(
+            "the compact network does not equal the masked one: relative difference "
+            f"{difference:.3g}, expected at most {TOLERANCE:.0e}; remove other channels, and "
+            "please report the network"
+        )
+    return difference
+
+
+@torch.no_grad()
+def _move_at_random(model: nn.Module, generator: torch.Generator) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        scale = float(tensor.square().mean().sqrt()) or 0.1
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor.add_((0.5 * scale * noise).to(tensor.device))
+        if name.endswith("running_var"):
+            tensor.abs_().add_(0.1 * scale)
+
+
+def _random_input(example_input: Tensor, generator: torch.Generator) -> Tensor:
+    """Two samples; whole numbers (indices of an embedding) are taken as they are."""
+    shape = (2, *example_input.shape[1:])
+    if not example_input.is_floating_point():
+        return example_input[:1].expand(shape)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return noise.to(example_input.device)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
+    with evaluating(model):
+        return _tensors(model(example.clone()))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Infinite where shapes differ, NaN where an output is not finite."""
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return float("inf")
+    differences = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+        for a, b in zip(expected, found, strict=True)
+    ]
+    return float(np.max(differences))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What can be pruned and what cannot, for people (``str``) and programs (``to_dict``)."""
+
+    analysis: Analysis
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.analysis.groups)} groups of channels can be pruned:"]
+        for group in self.analysis.groups:
+            lines.append(f"  {group.name}: {group.channels} channels")
+            lines.append(f"    written by {', '.join(s.module for s in group.producers)}")
+            lines.append(f"    read by {', '.join(s.module for s in group.consumers) or 'nothing'}")
+        lines.append("frozen:")
+        lines += [f"  {item.name}: {item.reason}" for item in self.analysis.frozen]
+        return "\n".join(lines if self.analysis.frozen else lines[:-1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "groups": [
+                {
+                    "name": group.name,
+                    "channels": group.channels,
+                    "producers": [part.module for part in group.producers],
+                    "consumers": [part.module for part in group.consumers],
+                    "parameters": [
+                        {"name": part.parameter, "dim": part.dim} for part in group.parameters
+                    ],
+                }
+                for group in self.analysis.groups
+            ],
+            "frozen": [{"name": item.name, "reason": item.reason} for item in self.analysis.frozen],
+        }
+
+
+def explain(model: nn.Module, example_input: Tensor) -> Explanation:
+    """Say which channels of ``model`` can be pruned together, and what is frozen and why.
+
+    Raises:
+        PruningError: the network cannot be traced, or fails on ``example_input``.
+    """
+    return Explanation(analysis=analyse(model, example_input))
+
+
+def add_bias(model: nn.Module, module_name: str) -> None:
+    """Give a convolution or linear layer without bias one of zeros, in place.
+
+    Raises:
+        PruningError: there is no such layer, or it has a bias.
+    """
+    module = dict(model.named_modules()).get(module_name)
+    weight = getattr(module, "weight", None)
+    widths = [getattr(module, name, None) for name in ("out_channels", "out_features")]
+    width = next((width for width in widths if width is not None), None)
+    if module is None or weight is None or width is None or module.bias is not None:
+        raise PruningError(
+            f"'{module_name}': expected a convolution or linear layer without bias, "
+            f"found {type(module).__name__ if module is not None else 'nothing'}"
+        )
+    module.bias = nn.Parameter(weight.new_zeros(width))
