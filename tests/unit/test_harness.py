@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenprune.errors import MeasurementError
@@ -124,6 +124,7 @@ def test_order_interval_covers_the_median_as_often_as_it_says() -> None:
     assert hits / 4000 == pytest.approx(said, abs=4 * math.sqrt(said * (1 - said) / 4000))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40))
 def test_order_interval_holds_its_value_and_ignores_order(values: list[float]) -> None:
     found = order_interval(values)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenprune.errors import MeasurementError, NotAvailableError
@@ -76,6 +76,7 @@ def test_links_to_the_same_zone_count_once(tmp_path: Path) -> None:
     assert sorted(zone.name for zone in find_zones(tmp_path)) == ["dram", "package-0"]
 
 
+@settings(deadline=None)
 @given(steps=st.lists(st.integers(0, RANGE_UJ - 1), min_size=1, max_size=20))
 def test_wraps_are_added_once(steps: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     counter = add_zone(tmp_path_factory.mktemp("rapl"), "intel-rapl:0", "package-0", uj=999_990)
@@ -208,6 +209,7 @@ def test_curve_passes_through_the_published_points(load: float, share: float) ->
     assert power(load * 8, 8, 100.0).value == pytest.approx(100 * share)
 
 
+@settings(deadline=None)
 @given(
     busy=st.floats(0, 64),
     more=st.floats(0, 64),

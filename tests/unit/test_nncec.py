@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenprune import schema
@@ -154,6 +154,7 @@ def test_break_even_is_where_the_lives_meet() -> None:
     assert found.inferences.high == pytest.approx(1000 / (10e-3 * 0.4))
 
 
+@settings(deadline=None)
 @given(joules=st.floats(1, 1e6), millijoules=st.floats(0.01, 1e3), ratio=st.floats(0.05, 0.9))
 def test_break_even_meets_for_any_numbers(joules: float, millijoules: float, ratio: float) -> None:
     pruning = Quantity(value=joules, low=joules / 2, high=joules * 2)

@@ -172,6 +172,9 @@ def test_a_damaged_record(saved: Path) -> None:
     storage.write_json(path, {"schema": 1, "weights": "x"})
     with pytest.raises(WeightsError, match="unknown key 'weights'"):
         record.load_network(saved)
+    storage.write_json(path, {**content, "schema": 2})
+    with pytest.raises(WeightsError, match="expected schema 1, found 2"):
+        record.load_network(saved)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, factory: str) -> None:

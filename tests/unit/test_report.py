@@ -154,6 +154,8 @@ def test_page_tells_preset_provenance_and_caveats(page: str) -> None:
     assert "our reading; NNCEC" in page
     assert "not included" in page
     assert "currentColor" in page
+    assert "conv$1_2" in page  # drawn as it is
+    assert "mathdefault" not in page
     assert "prefers-color-scheme: dark" in page
 
 

@@ -448,6 +448,16 @@ def test_a_slice_at_a_computed_place_freezes() -> None:
     assert "computed" in frozen(Net(forward, a=conv(3, 6), head=head(3)))["a"]
 
 
+def test_computing_with_the_number_of_channels_freezes_them() -> None:
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.head(net.b(y) / y.shape[1] ** 0.5)
+
+    found = frozen(Net(forward, a=conv(3, 6), b=conv(6, 4), head=head(4)))
+    assert "computes with the tensor's size" in found["a"]
+    assert "b" not in found
+
+
 def test_networks_that_cannot_be_traced_or_run() -> None:
     def branches(net: nn.Module, x: Tensor) -> Tensor:
         return net.a(x) if x.sum() > 0 else net.a(-x)

@@ -77,6 +77,21 @@ def test_training_learns() -> None:
     assert not net.training
 
 
+class Viewing(Net):
+    """Its ``view`` works on contiguous tensors alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+        return self.out(F.relu(self.hidden(x.view(len(x), -1))))
+
+
+def test_the_layout_in_memory_is_the_trainings_own_affair() -> None:
+    for net in (Net(), Viewing()):
+        history = training.fit(net, make_data(), SETTINGS, seed=0)
+        assert history.loss[-1] < 0.8
+        assert all(parameter.is_contiguous() for parameter in net.parameters())
+
+
 def test_training_depends_on_its_seed_alone() -> None:
     nets = [make_net() for _ in range(3)]
     for net, seed in zip(nets, (1, 1, 2), strict=True):

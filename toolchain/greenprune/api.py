@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenprune import recipe as recipes
-from greenprune import storage
-from greenprune.errors import RunError, StorageError
+from greenprune import schema, storage
+from greenprune.errors import RecipeError, RunError, StorageError
 from greenprune.harness import Results
 from greenprune.harness import bench as bench
 from greenprune.pipeline import RUN_FILE, Job, execute, read_stage
-from greenprune.recipe import Recipe
+from greenprune.recipe import CompileSettings, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,8 +149,9 @@ def export(
 
     registry.load_target(target)
     job = finished_job(run_folder, runs=runs)
-    wanted = replace(job.recipe.compile, target=target, precision=precision)
-    job = Job(replace(job.recipe, compile=wanted), job.folder)
+    asked = {**schema.encode(job.recipe.compile), "target": target, "precision": precision}
+    settings = schema.decode(asked, CompileSettings, "--precision", RecipeError)
+    job = Job(replace(job.recipe, compile=settings), job.folder)
     destination = output or Path(f"{job.recipe.name}-{target}.bundle")
     if destination.exists() and not (destination / "manifest.json").is_file():
         raise StorageError(

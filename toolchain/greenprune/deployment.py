@@ -16,10 +16,11 @@ from greenprune.bundle import VARIANTS
 from greenprune.data import Split, normalise
 from greenprune.errors import NotAvailableError, RecipeError, RunError, TargetError
 from greenprune.harness import Results, bench, read_results, write_results
+from greenprune.harness.environment import versions
 from greenprune.nncec import account as accounting
 from greenprune.nncec import ledger
 from greenprune.nncec.report import write_report
-from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work, versions
+from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work
 from greenprune.registry import load_target
 from greenprune.runtime import decide
 from greenprune.runtime.runners import verify_artifact

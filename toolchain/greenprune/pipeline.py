@@ -7,9 +7,7 @@ stage depends on. A stage whose hash is unchanged is not run again.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ import filelock
 from greenprune import schema, storage
 from greenprune._version import __version__
 from greenprune.errors import RunError
+from greenprune.harness.environment import versions
 from greenprune.meters import open_meter
 from greenprune.nncec import ledger
 from greenprune.progress import say
@@ -174,9 +173,8 @@ def _run_stage(job: Job, stage: Stage, inputs_sha256: str, title: str) -> None:
     started = datetime.datetime.now(datetime.timezone.utc)
     clock = time.monotonic()
     checkpoint = job.checkpoint(stage.name, inputs_sha256)
-    meter = open_meter(job.recipe.bench.meter)
     with storage.atomic_folder(job.place(stage.name)) as folder:
-        with meter.measure() as window:
+        with open_meter(job.recipe.bench.meter) as meter, meter.measure() as window:
             results = stage.function(Work(job=job, folder=folder, checkpoint=checkpoint))
         content = {
             "stage": stage.name,
@@ -216,14 +214,3 @@ def _enter_in_ledger(job: Job, content: dict[str, Any]) -> None:
             pue=job.recipe.account.pue,
         ),
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on; packages that are not installed are left out."""
-    found = {"python": platform.python_version(), "greenprune": __version__}
-    for package in ("numpy", "torch", "torchvision", "onnx", "onnxruntime", "openvino"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

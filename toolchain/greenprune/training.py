@@ -98,6 +98,8 @@ def fit(
         raise TrainingError("a teacher needs DistillationSettings, found TrainingSettings")
     fabric = _fabric()
     key = _key(model, data, settings, seed, loss, teacher, penalty, label)
+    networks = [model] if teacher is None else [model, teacher]
+    layout = _layout(networks, data, fabric.device)
     optimizer = _optimizer(model, settings, penalty)
     saved = fabric.broadcast(_read_checkpoint(checkpoint, key) if fabric.is_global_zero else None)
     losses, seconds = _restore(model, optimizer, saved)
@@ -112,7 +114,7 @@ def fit(
     ):
         for epoch in range(len(losses), settings.epochs):
             started = time.perf_counter()
-            run = _Epoch(epoch=epoch, seed=seed, settings=settings, data=data)
+            run = _Epoch(epoch=epoch, seed=seed, settings=settings, data=data, layout=layout)
             losses.append(run.train(fabric, wrapped, stepper, objective, penalty, advance))
             seconds.append(time.perf_counter() - started)
             if checkpoint is not None and fabric.is_global_zero:
@@ -120,9 +122,8 @@ def fit(
     if fabric.world_size > 1:  # each process has seen other images: the first one's statistics
         for buffer in model.buffers():
             buffer.copy_(fabric.broadcast(buffer))
-    if teacher is not None:
-        teacher.cpu()
-    model.cpu().eval()
+    for network in networks:
+        network.cpu().to(memory_format=torch.contiguous_format).eval()
     return History(loss=tuple(losses), seconds=tuple(seconds))
 
 
@@ -134,6 +135,7 @@ class _Epoch:
     seed: int
     settings: TrainingSettings
     data: Data
+    layout: torch.memory_format
 
     def train(
         self,
@@ -160,6 +162,7 @@ class _Epoch:
             inputs, targets = fabric.to_device(
                 take(data.train, indices, data.preprocessing, own, data.augmentation)
             )
+            inputs = inputs.contiguous(memory_format=self.layout)
             optimizer.zero_grad()
             value = objective(inputs, model(inputs), targets)
             found = _finite(value, self.epoch, number, rate)
@@ -247,6 +250,23 @@ def _fabric() -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def _layout(networks: list[nn.Module], data: Data, device: torch.device) -> torch.memory_format:
+    """Channels last on CPUs, where it saves a fifth of a step, unless a ``view`` refuses it."""
+    if device.type != "cpu" or not len(data.train):
+        return torch.contiguous_format
+    inputs, _ = take(data.train, torch.arange(1), data.preprocessing)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            for network in networks:
+                network.to(memory_format=torch.channels_last).eval()(inputs)
+    except RuntimeError:
+        for network in networks:
+            network.to(memory_format=torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _bar(fabric: Fabric, label: str, total: int) -> AbstractContextManager[Advance]:
@@ -408,5 +428,8 @@ def _restore(
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
         if f"momentum.{name}" in tensors:
-            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"]
+            buffer = torch.empty_like(parameter, requires_grad=False).copy_(
+                tensors[f"momentum.{name}"]
+            )
+            optimizer.state[parameter]["momentum_buffer"] = buffer
     return json.loads(metadata["losses"]), json.loads(metadata["seconds"])

@@ -17,7 +17,16 @@ import psutil
 
 from greenprune._version import __version__
 
-PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt", "pyJoules", "psutil")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "pyJoules",
+)
 
 
 def describe_environment(root: Path = Path("/")) -> dict[str, Any]:

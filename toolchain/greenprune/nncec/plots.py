@@ -94,6 +94,8 @@ def latency_distributions(results: Results) -> str:
     """Share of inferences that are at least so fast, for each candidate, all windows together."""
 
     def paint(axes: Any) -> None:
+        from matplotlib.ticker import LogFormatter
+
         styles: dict[str, str] = {}
         for candidate in results.candidates:
             style = styles.setdefault(candidate.runtime, ("-", "--", ":", "-.")[len(styles) % 4])
@@ -102,6 +104,8 @@ def latency_distributions(results: Results) -> str:
             colour = COLOURS[candidate.variant]
             axes.plot(quantiles, share, linestyle=style, color=colour, label=candidate.name)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
         axes.set_xlabel(f"latency of one inference, ms; preset {results.preset}")
         axes.set_ylabel("inferences at least so fast, %")
         axes.legend(fontsize=8)
@@ -131,7 +135,7 @@ def stages_bar(account: Account) -> str | None:
             left += joules
         axes.set_yticks([])
         axes.set_xlabel(f"joules ({label(account.provenance)})")
-        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.45))
+        axes.figure.legend(fontsize=7, ncols=3, loc="outside lower center")
 
     return _draw("stages", paint, (6.4, 3.2))
 
@@ -144,18 +148,18 @@ def break_even_curve(account: Account) -> str | None:
     reached = [
         v.break_even.inferences.value for v in account.variants.values() if v.break_even.inferences
     ]
-    most = max([float(account.inferences), *(3 * value for value in reached)])
+    most = 3 * max(reached) if reached else float(account.inferences)
 
     def paint(axes: Any) -> None:
-        count = np.geomspace(max(1.0, most / 1e5), most, 200)
+        count = np.array([0.0, most])
         for name, millijoules in known.items():
             start = account.training_joules.value
             if name != "dense":
                 start += account.pruning_joules.value
             joules = start + count * millijoules * 1e-3
             axes.plot(count, joules, color=COLOURS[name], label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("inferences")
         axes.set_ylabel(f"joules in all ({label(account.provenance)})")
         axes.legend(fontsize=8)

@@ -20,7 +20,10 @@ Atoms = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Channels:
-    """The atoms of a tensor: one for each index of dimension ``dim``, int64 [shape[dim]]."""
+    """The atoms of a tensor: one for each index of dimension ``dim``, int64 [shape[dim]].
+
+    Of a number or a size: all atoms that it may depend on, with ``dim`` -1.
+    """
 
     dim: int
     atoms: Atoms

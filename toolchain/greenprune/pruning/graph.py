@@ -264,9 +264,17 @@ class _Walk(fx.Interpreter):
             self.marks[n] = self._input(result)
         elif n.op == "output":
             self._freeze_inputs(n, "an output of the network")
-        elif n.op != "get_attr" and _holds_tensor(result):
-            self.marks[n] = self._call(n, args, kwargs, result)
+        elif n.op != "get_attr":
+            self.marks[n] = (
+                self._call(n, args, kwargs, result) if _holds_tensor(result) else self._number(n)
+            )
         return result
+
+    def _number(self, node: fx.Node) -> Mark:
+        """Sizes, and what is computed from them, may depend on all atoms that went in."""
+        marks = [self.marks.get(source) for source in node.all_input_nodes]
+        atoms = [mark.atoms for mark in marks if mark is not None]
+        return Channels(dim=-1, atoms=np.concatenate(atoms)) if atoms else None
 
     def _input(self, value: Any) -> Mark:
         if not isinstance(value, Tensor) or value.dim() < 2:

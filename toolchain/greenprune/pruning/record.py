@@ -17,6 +17,7 @@ from greenprune.errors import GreenpruneError, WeightsError
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.surgery import Removed, add_bias, compact
 
+SCHEMA_VERSION = 1
 NETWORK = "network.json"
 WEIGHTS = "weights.safetensors"
 
@@ -100,7 +101,7 @@ def save_network(folder: Path, network: nn.Module, record: NetworkRecord) -> Non
             )
     storage.write_bytes(folder / WEIGHTS, save(state))
     content = _File(
-        schema=1,
+        schema=SCHEMA_VERSION,
         record=record,
         weights_sha256=storage.sha256(folder / WEIGHTS),
         shapes={name: tuple(value.shape) for name, value in state.items()},
@@ -156,6 +157,12 @@ def _read(path: Path) -> _File:
         raise WeightsError(f"{path}: no such file; expected a saved network") from None
     except ValueError as error:
         raise WeightsError(f"{path}: not valid JSON: {error}; save the network again") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA_VERSION:
+        raise WeightsError(
+            f"{path}: expected schema {SCHEMA_VERSION}, found {found}; use the greenprune that "
+            "wrote it, or save the network again"
+        )
     return schema.decode(content, _File, str(path), WeightsError)
 
 

@@ -80,8 +80,13 @@ def per_channel(call: Call) -> Mark:
 def elementwise(call: Call) -> Mark:
     """Activations, dropout, add, mul and their kin: tensors are united atom by atom."""
     size = call.result.shape
+    tensors = dict(call.tensors())
+    for source in call.node.all_input_nodes:
+        number = call.mark(source)
+        if source not in tensors and number is not None:
+            call.ledger.freeze(number.atoms, f"'{call.name}' computes with the tensor's size")
     marked: list[Channels] = []
-    for node, value in call.tensors():
+    for node, value in tensors.items():
         channels = call.mark(node)
         if channels is None:
             continue
@@ -95,7 +100,7 @@ def elementwise(call: Call) -> Mark:
     first = marked[0]
     if any(other.dim != first.dim for other in marked):
         raise FreezeError(f"'{call.name}' pairs channels with another dimension")
-    for node, value in call.tensors():
+    for node, value in tensors.items():
         dim = first.dim + value.dim() - len(size)
         if call.mark(node) is None and dim >= 0 and value.shape[dim] > 1:
             raise FreezeError(f"combined by '{call.name}' with values that are not followed")

@@ -191,7 +191,7 @@ def prove(model: nn.Module, analysis: Analysis, example_input: Tensor, removed: 
     expected = _outputs(masked(reference, analysis, removed), example)
     try:
         found = _outputs(compact(reference, analysis, removed), example)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         raise ProofError(
             f"the compact network does not run: {error}; remove other channels, and please report "
             "the operation"
