@@ -113,9 +113,21 @@ def test_broken_ledger_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger.append(path, row("train", 5.0))
     with path.open("a") as file:
-        file.write('{"stage": "pru')
+        file.write('{"stage": "pru\n')
     with pytest.raises(RunError, match="line 2"):
         ledger.read(path)
+
+
+def test_row_that_a_killed_writer_did_not_finish_makes_room(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    rows = [row("train", 5.0), row("prune", 2.0)]
+    ledger.append(path, rows[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"stage": "pru')
+    assert ledger.read(path) == (rows[0],)
+    ledger.append(path, rows[1])
+    assert path.read_bytes().startswith(whole)
+    assert ledger.read(path) == tuple(rows)
 
 
 def test_factors_carry_their_spread_and_source() -> None:

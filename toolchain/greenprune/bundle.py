@@ -150,7 +150,12 @@ class Manifest:
 
     def setting(self, runtime: str) -> str:
         """Target, runtime and precision, as in ``x86, onnxruntime, fp32``."""
-        return f"{self.target}, {runtime}, {self.precision}"
+        return setting(self.target, runtime, self.precision)
+
+
+def setting(target: str, runtime: str, precision: str) -> str:
+    """What a certificate holds for, as in ``x86, onnxruntime, fp32``."""
+    return f"{target}, {runtime}, {precision}"
 
 
 VARIANTS = ("dense", "mild", "aggressive")

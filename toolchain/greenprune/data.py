@@ -20,7 +20,7 @@ from torch import Tensor
 
 from greenprune import images
 from greenprune.bundle import Preprocessing
-from greenprune.errors import DataError
+from greenprune.errors import DataError, MissingPackageError
 from greenprune.recipe import DataSettings
 
 SPLITS = ("train", "development", "selector", "certification", "test")
@@ -303,7 +303,10 @@ def _fingerprint(data: Data) -> str:
 
 
 def _digits(settings: DataSettings) -> _Source:
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingPackageError("scikit-learn", "host") from error
 
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)

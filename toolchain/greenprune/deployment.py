@@ -184,8 +184,9 @@ def certify(work: Work) -> dict[str, Any]:
     return {
         "table": table,
         "threshold": threshold,
-        "certified_on": f"{job.recipe.compile.target}, {default_runtime(job)}, "
-        f"{job.recipe.compile.precision}",
+        "certified_on": bundle.setting(
+            job.recipe.compile.target, default_runtime(job), job.recipe.compile.precision
+        ),
         "test": tested,
         "headline": _promise(operating, tested),
     }
@@ -332,7 +333,21 @@ def measure(work: Work) -> dict[str, Any]:
         seed=job.recipe.seed,
     )
     write_results(work.folder / "results.json", results)
+    bundle.update_manifest(bundle_folder(job), {"energy_mj": _energy_mj(job, results)})
     return {"preset": settings.preset, "valid": results.verdict.valid}
+
+
+def _energy_mj(job: Job, results: Results) -> dict[str, dict[str, Any]]:
+    """The manifest's measured columns: each variant on the bundle's runtime."""
+    return {
+        found.variant: {
+            **{key: getattr(found.energy_mj, key) for key in ("value", "low", "high")},
+            "provenance": found.energy_mj.provenance,
+            "preset": results.preset,
+        }
+        for found in results.candidates
+        if found.runtime == default_runtime(job) and found.energy_mj is not None
+    }
 
 
 def results_of(job: Job) -> Results:

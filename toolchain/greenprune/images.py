@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from greenprune.errors import DataError
+from greenprune.errors import DataError, MissingPackageError
 from greenprune.progress import progress
 
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -83,7 +83,10 @@ def decoder(size: tuple[int, int] | None, channels: int) -> Decoder:
         size: height and width to resize to (bilinear); None keeps the image's own.
         channels: 1 for grey, 3 for RGB.
     """
-    from PIL import Image
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingPackageError("pillow", "host") from error
 
     mode = "L" if channels == 1 else "RGB"
 

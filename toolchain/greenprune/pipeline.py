@@ -21,7 +21,7 @@ from greenprune import schema, storage
 from greenprune._version import __version__
 from greenprune.errors import RunError
 from greenprune.harness.environment import versions
-from greenprune.meters import open_meter
+from greenprune.meters import Energy, label, open_meter
 from greenprune.nncec import ledger
 from greenprune.progress import say
 from greenprune.recipe import Recipe
@@ -189,12 +189,16 @@ def _run_stage(job: Job, stage: Stage, inputs_sha256: str, title: str) -> None:
         storage.write_json(folder / STAGE_FILE, content)
     checkpoint.unlink(missing_ok=True)
     _enter_in_ledger(job, content)
-    say(f"{title}: {content['seconds']:.1f} s{_headline(results)}")
+    told = [f"{content['seconds']:.1f} s", _joules(window.energy), results.get("headline")]
+    say(f"{title}: {'; '.join(part for part in told if part)}")
 
 
-def _headline(results: dict[str, Any]) -> str:
-    line = results.get("headline")
-    return f"; {line}" if line else ""
+def _joules(energy: Energy | None) -> str:
+    if energy is None:
+        return "no meter"
+    if energy.low == energy.high:
+        return f"{energy.value:,.0f} J"
+    return f"{energy.low:,.0f} to {energy.high:,.0f} J ({label(energy.provenance)})"
 
 
 def _enter_in_ledger(job: Job, content: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class Penalty:
             return
         if self.norms:
             factors = _factors(self._joined_norms(), threshold)
-            split = factors.split([len(filters[0]) for filters in self.norms])  # type: ignore[no-untyped-call]
+            split = factors.split([len(filters[0]) for filters in self.norms])
             for part in zip(*self.norms, strict=True):
                 torch._foreach_mul_(part, split)
         for filters in self.layers:

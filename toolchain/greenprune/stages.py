@@ -211,9 +211,7 @@ def _cut(
 ) -> dict[str, Any]:
     job = work.job
     compact = surgery.prune_channels(network, _example(job.data), removed)
-    batchnorm.reestimate(
-        compact, _training_images(job, BATCHNORM_IMAGES, seed=job.recipe.seed + 3)
-    )
+    batchnorm.reestimate(compact, _training_images(job, BATCHNORM_IMAGES, seed=job.recipe.seed + 3))
     record.save_network(work.folder / variant, compact, described.pruned(analysis, removed))
     example = _example(job.data)
     counted, dense = cost.count(compact, example), cost.count(network, example)

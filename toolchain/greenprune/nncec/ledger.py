@@ -111,10 +111,20 @@ def append(path: Path, row: Row) -> None:
     line = json.dumps(schema.encode(row), allow_nan=False, ensure_ascii=False) + "\n"
     with storage.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_torn_row(path)
         with path.open("ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _remove_torn_row(path: Path) -> None:
+    """A writer that was killed, or a full disk, leaves a last row without its line's end."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        storage.write_bytes(path, content[: content.rfind(b"\n") + 1])
 
 
 def read(path: Path) -> tuple[Row, ...]:
@@ -126,14 +136,15 @@ def read(path: Path) -> tuple[Row, ...]:
     if not path.is_file():
         return ()
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # what follows the last line's end is a row that a killed writer did not finish
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         where = f"{path}, line {number}"
         try:
             content = json.loads(line)
         except ValueError as error:
             raise RunError(
-                f"{where}: expected a row as JSON: {error}; a writer was killed here: "
-                "remove this line"
+                f"{where}: expected a row as JSON: {error}; the ledger was changed by hand or "
+                "damaged: put a copy of it back"
             ) from error
         rows.append(schema.decode(content, Row, where, RunError))
     return tuple(rows)
