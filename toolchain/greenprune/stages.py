@@ -271,21 +271,25 @@ def train_selector(work: Work) -> dict[str, Any]:
         job.recipe.selector,
         seed=job.recipe.seed + 20,
     )
-    storage.write_bytes(work.folder / "selector.safetensors", selecting.to_bytes(result.head))
+    if result.head is not None:
+        storage.write_bytes(work.folder / "selector.safetensors", selecting.to_bytes(result.head))
+    kind = "msp" if result.head is None else "head"
     storage.write_json(work.folder / "thresholds.json", list(result.thresholds))
     return {
-        "kind": result.kind,
+        "kind": kind,
         "reason": result.reason,
         "area_head": result.area_head,
         "area_msp": result.area_msp,
         "features": features.shape[1],
         "images": len(split.targets),
-        "headline": f"ships {result.kind}: {result.reason}",
+        "headline": f"ships {kind}: {result.reason}",
     }
 
 
-def scored_network(job: Job) -> selecting.ScoredNetwork:
-    """The aggressive network and the trained selector in one module."""
+def scored_network(job: Job) -> nn.Module:
+    """The aggressive network and its selector in one module: images -> (logits, score)."""
+    if job.results("selector")["kind"] == "msp":
+        return selecting.MspNetwork(pruned_network(job, "aggressive")).eval()
     head = selecting.SelectorHead(
         job.results("selector")["features"], len(job.data.class_names), job.recipe.selector.hidden
     )

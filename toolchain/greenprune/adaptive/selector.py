@@ -8,7 +8,6 @@ and is shipped only where it beats MSP (docs/methods.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -88,6 +87,23 @@ class ScoredNetwork(nn.Module):
         return logits, self.head(features, logits)
 
 
+class MspNetwork(nn.Module):
+    """A network and its maximum softmax probability: images -> (logits, score).
+
+    What an untrained head answers too, without its cost: on a small network the head's dozen small
+    operations take as long as a convolution.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, classes] and score [N]."""
+        logits = self.network(images)
+        return logits, torch.softmax(logits, dim=1).amax(dim=1)
+
+
 def tap(network: nn.Module) -> fx.GraphModule:
     """The same network with a second output: the pooled features its last linear layer reads.
 
@@ -127,10 +143,10 @@ def observe(
 
 @dataclass(frozen=True, kw_only=True)
 class SelectorResult:
-    """A trained selector, and why it is the one that is shipped."""
+    """The selector that is shipped, and why."""
 
-    head: SelectorHead
-    kind: Literal["head", "msp"]
+    head: SelectorHead | None
+    """The trained head; None where MSP is shipped."""
     reason: str
     thresholds: tuple[float, ...]
     """Quantiles of the score on the hold-out, strict to loose."""
@@ -170,23 +186,20 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = SelectorHead(features.shape[1], logits.shape[1], settings.hidden)
-        baseline = SelectorHead(features.shape[1], logits.shape[1], settings.hidden)
     harms = int(harm[fit].sum())
     if 0 < harms < len(fit):
         _fit(head, features[fit], logits[fit], harm[fit], settings)
 
     with torch.no_grad():
         head_scores = head(features[hold_out], logits[hold_out]).double().numpy()
-        msp_scores = baseline(features[hold_out], logits[hold_out]).double().numpy()
-    kind, reason, areas = _compare(
+        msp_scores = torch.softmax(logits[hold_out], dim=1).amax(dim=1).double().numpy()
+    better, reason, areas = _compare(
         head_scores, msp_scores, harm[hold_out].double().numpy(), harms, seed
     )
-    shipped = head if kind == "head" else baseline
-    scores = head_scores if kind == "head" else msp_scores
+    scores = head_scores if better else msp_scores
     quantiles = np.quantile(scores, np.linspace(1.0, 0.0, THRESHOLDS))
     return SelectorResult(
-        head=shipped.eval(),
-        kind=kind,
+        head=head.eval() if better else None,
         reason=reason,
         thresholds=tuple(float(value) for value in np.unique(quantiles)[::-1]),
         area_head=areas[0],
@@ -230,10 +243,11 @@ def _compare(
     harm: NDArray[np.float64],
     harms_fitted: int,
     seed: int,
-) -> tuple[Literal["head", "msp"], str, tuple[float, float]]:
+) -> tuple[bool, str, tuple[float, float]]:
+    """Whether the head is better for sure, the finding in words, and both areas."""
     areas = (harm_coverage_area(head, harm), harm_coverage_area(msp, harm))
     if not harms_fitted or not harm.any():
-        return "msp", "too few harmed images to train or judge a head", areas
+        return False, "too few harmed images to train or judge a head", areas
     generator = np.random.default_rng(seed)
     draws = generator.integers(0, len(harm), size=(BOOTSTRAPS, len(harm)))
     gains = [
@@ -243,8 +257,8 @@ def _compare(
     low = float(np.quantile(gains, 0.05))
     verdict = f"harm-versus-coverage area {areas[0]:.5f} against MSP's {areas[1]:.5f}"
     if low > 0:
-        return "head", f"{verdict}; better in 95% of {BOOTSTRAPS} paired bootstraps", areas
-    return "msp", f"{verdict}; not better in 95% of {BOOTSTRAPS} paired bootstraps", areas
+        return True, f"{verdict}; better in 95% of {BOOTSTRAPS} paired bootstraps", areas
+    return False, f"{verdict}; not better in 95% of {BOOTSTRAPS} paired bootstraps", areas
 
 
 def to_bytes(head: SelectorHead) -> bytes:

@@ -1,0 +1,92 @@
+"""``greenprune-export``: bundles of a finished run, and refusals that change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from greenprune import bundle
+
+
+@pytest.fixture
+def runs(finished: Any, tmp_path: Path) -> Path:
+    """``runs`` with the finished run, an older one and one that is not finished."""
+    place = tmp_path / "runs"
+    newest = finished.copy(place)
+    older = newest.rename(place / "older")
+    stamp = (older / "finetune-aggressive" / "stage.json").stat().st_mtime
+    finished.copy(place)
+    for path in older.glob("*/stage.json"):
+        os.utime(path, (stamp - 1000, stamp - 1000))
+    recipe = json.loads((older / "run.json").read_text())
+    recipe["recipe"]["name"] = "older"
+    (older / "run.json").write_text(json.dumps(recipe))
+    unfinished = place / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text((newest / "run.json").read_text())
+    return place
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_newest_run_by_default(runs: Path, finished: Any, command: Any, tmp_path: Path) -> None:
+    before = snapshot(runs)
+    done = command("greenprune-export", "--target", "x86", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["target"] == "x86"
+    made = tmp_path / answer["bundle"]
+    assert made.parent == tmp_path
+    opened = bundle.open_bundle(made)
+    opened.verify()
+    assert opened.manifest == bundle.open_bundle(finished.bundle).manifest
+    assert snapshot(runs) == before, "a bundle that is ready is copied, not made again"
+
+
+def test_named_run_and_output(runs: Path, command: Any, tmp_path: Path) -> None:
+    done = command("greenprune-export", "older", "--target", "x86", "-o", "out/my.bundle")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "out/my.bundle"
+    bundle.open_bundle(tmp_path / "out" / "my.bundle").verify()
+    again = command("greenprune", "export", runs / "older", "-o", "out/my.bundle")
+    assert again.returncode == 0, "an older bundle is replaced: " + again.stderr
+    bundle.open_bundle(tmp_path / "out" / "my.bundle").verify()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["my.bundle"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], ["nowhere", "not a run"]),
+        (["unfinished"], ["unfinished", "goes on where it stopped"]),
+        (["--target", "x68"], ["'x68'", "did you mean 'x86'", "jetson"]),
+        (["--target", "jetson"], ["not available yet", "jetson"]),
+        (["--target", "x86", "--precision", "int8"], ["not available yet", "int8"]),
+        (["--runs", "elsewhere"], ["elsewhere", "no finished run"]),
+        (["-o", "taken"], ["taken", "is not a bundle"]),
+    ],
+)
+def test_refusal_is_one_message_and_changes_nothing(
+    runs: Path, command: Any, messages: Any, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("keep me")
+    before = snapshot(tmp_path)
+    done = command("greenprune-export", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (message,) = messages(done.stderr)
+    for word in words:
+        assert word in message
+    assert snapshot(tmp_path) == before
+    assert not list(tmp_path.glob("*.bundle"))
