@@ -20,6 +20,7 @@ class Arm(BaseTarget):
         opset=20,
         width_multiple=8,
         meters=("estimate",),
+        machines=("aarch64", "arm64"),
         status="ready, but never yet run on Arm hardware: the same graph is checked where it is "
         "exported; width_multiple is taken over from x86, not measured",
     )

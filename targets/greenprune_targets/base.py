@@ -62,7 +62,7 @@ def refusal(path: Path, runtime: str) -> Iterator[None]:
     """Turn whatever a runtime raises about ``path`` into a TargetError."""
     try:
         yield
-    except GreenpruneError:
+    except (GreenpruneError, OSError):
         raise
     except Exception as error:  # each runtime has exceptions of its own
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -17,5 +17,6 @@ class Cuda(BaseTarget):
         opset=20,
         width_multiple=32,
         meters=("nvml",),
+        machines=("x86_64", "aarch64"),
         status="not available yet: building and opening TensorRT engines",
     )

@@ -17,5 +17,6 @@ class Eyeriss(BaseTarget):
         opset=20,
         width_multiple=1,
         meters=("simulated",),
+        machines=(),
         status="not available yet: the simulation of each layer by nn-dataflow",
     )

@@ -17,5 +17,6 @@ class Jetson(BaseTarget):
         opset=20,
         width_multiple=32,
         meters=("ina3221",),
+        machines=("aarch64",),
         status="not available yet: bundles that build their TensorRT engine on the device",
     )

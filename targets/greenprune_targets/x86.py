@@ -28,6 +28,7 @@ class X86(BaseTarget):
         opset=20,
         width_multiple=8,
         meters=("rapl", "estimate"),
+        machines=("x86_64", "AMD64"),
     )
 
     def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:

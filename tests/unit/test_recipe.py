@@ -90,7 +90,8 @@ def test_overrides_are_toml_or_else_plain_text(tmp_path: Path) -> None:
     [
         ("train.epochs", "expected KEY=VALUE"),
         ("=3", "expected KEY=VALUE"),
-        ("seed.deep=3", "'seed' is a value, not a section"),
+        ("seed.deep=3", "key 'seed'"),
+        ("name.deep=3", "'name' is a value, not a section"),
         ("train.epoch=3", "unknown key 'train.epoch' (did you mean 'epochs'?)"),
         ("trian.epochs=3", "unknown key 'trian' (did you mean 'train'?)"),
         ("prune.mild.mac=0.5", "unknown key 'prune.mild.mac' (did you mean 'macs'?)"),
@@ -178,7 +179,7 @@ def test_paths_are_relative_to_the_recipes_folder(
     source = "images.py:load"
     path = "/elsewhere/images"
     [task]
-    loss = "package.module:loss"
+    loss = "sub/loss.py:mine"
     metric = "sub/metric.py:mine"
     """
     written(tmp_path / "job", text)
@@ -193,8 +194,17 @@ def test_paths_are_relative_to_the_recipes_folder(
     assert loaded.model.weights == f"{tmp_path}/net.th"
     assert loaded.data.source == f"{tmp_path}/job/images.py:load"
     assert loaded.data.path == "/elsewhere/images"
-    assert loaded.task.loss == "package.module:loss"
+    assert loaded.task.loss == f"{tmp_path}/job/sub/loss.py:mine"
     assert loaded.task.metric == f"{tmp_path}/job/sub/metric.py:mine"
+
+
+def test_names_of_modules_are_left_alone(tmp_path: Path) -> None:
+    names = ["model.factory=a.b:c", "data.source=a.b:d", "task.loss=a.b:e", "task.metric=a.b:f"]
+
+    loaded = recipe.load(written(tmp_path, ""), names)
+
+    assert (loaded.model.factory, loaded.data.source) == ("a.b:c", "a.b:d")
+    assert (loaded.task.loss, loaded.task.metric) == ("a.b:e", "a.b:f")
 
 
 def test_a_built_in_recipes_paths_are_relative_to_where_the_command_is_typed(

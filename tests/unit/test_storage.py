@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,6 +118,18 @@ def test_a_file_where_a_folder_should_be_is_a_storage_error(tmp_path: Path) -> N
         pass
 
 
+def test_atomic_folder_says_where_there_is_no_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "mkdtemp", failing(errno.EACCES))
+
+    with (
+        pytest.raises(StorageError, match=r"made: .*no permission"),
+        storage.atomic_folder(tmp_path / "made"),
+    ):
+        pytest.fail("there is no folder to fill")
+
+
 @pytest.mark.skipif(ROOT, reason="root may write everywhere")
 def test_a_folder_without_permission_is_a_storage_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -169,9 +182,13 @@ def test_a_failure_inside_atomic_folder_changes_nothing(
         destination.mkdir()
         (destination / "old").write_text("old")
 
-    with pytest.raises(problem), storage.atomic_folder(destination) as folder:
-        (folder / "new").write_text("new")
-        raise problem
+    def fill() -> None:
+        with storage.atomic_folder(destination) as folder:
+            (folder / "new").write_text("new")
+            raise problem
+
+    with pytest.raises(problem):
+        fill()
 
     assert names(tmp_path) == (["made"] if existed else [])
     assert not existed or names(destination) == ["old"]
@@ -180,12 +197,13 @@ def test_a_failure_inside_atomic_folder_changes_nothing(
 def test_a_full_disk_inside_atomic_folder_is_a_storage_error(tmp_path: Path) -> None:
     destination = tmp_path / "made"
 
-    with (
-        pytest.raises(StorageError, match=r"made: .*the disk is full; free some space"),
-        storage.atomic_folder(destination) as folder,
-    ):
-        (folder / "half").write_text("half")
-        failing(errno.ENOSPC)()
+    def fill() -> None:
+        with storage.atomic_folder(destination) as folder:
+            (folder / "half").write_text("half")
+            failing(errno.ENOSPC)()
+
+    with pytest.raises(StorageError, match=r"made: .*the disk is full; free some space"):
+        fill()
 
     assert names(tmp_path) == []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,8 @@ from greenprune import schema, storage
 from greenprune.errors import RecipeError, RunError, StorageError
 from greenprune.harness import Results
 from greenprune.harness import bench as bench
-from greenprune.pipeline import RUN_FILE, Job, execute, read_stage
+from greenprune.harness.environment import usable_cores
+from greenprune.pipeline import RUN_FILE, Job, execute, is_current, write_run
 from greenprune.recipe import CompileSettings, Recipe
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def run(
 
     job = open_job(recipe, overrides=overrides, runs=runs, name=name)
     _use_threads(job.recipe.threads)
+    write_run(job)
     execute(job, stages.of(job.recipe))
     made = summary.summarise(job)
     storage.write_json(job.folder / "summary.json", made)
@@ -68,6 +69,7 @@ def prune(
 
     job = open_job(recipe, overrides=overrides, runs=runs, name=name)
     _use_threads(job.recipe.threads)
+    write_run(job)
     execute(job, stages.host_stages())
     return {
         "run": str(job.folder),
@@ -145,22 +147,24 @@ def export(
         StorageError: ``output`` exists and is not a bundle.
         TargetError, NotAvailableError, ExportError: from the target.
     """
-    from greenprune import deployment, registry, stages
+    from greenprune import deployment, stages
 
-    registry.load_target(target)
     job = finished_job(run_folder, runs=runs)
     asked = {**schema.encode(job.recipe.compile), "target": target, "precision": precision}
     settings = schema.decode(asked, CompileSettings, "--precision", RecipeError)
     job = Job(replace(job.recipe, compile=settings), job.folder)
-    destination = output or Path(f"{job.recipe.name}-{target}.bundle")
+    deployment.runtimes(job)
+    destination = output or Path(f"{job.folder.name}-{target}.bundle")
     if destination.exists() and not (destination / "manifest.json").is_file():
         raise StorageError(
             f"{destination}: exists and is not a bundle; choose another output with -o"
         )
     _use_threads(job.recipe.threads)
-    wanted_stages = stages.of(job.recipe)
-    last = [stage.name for stage in wanted_stages].index(job.bundle_stage)
-    execute(job, wanted_stages[: last + 1])
+    trained = [stage.name for stage in stages.host_stages()]
+    after = [stage for stage in stages.of(job.recipe) if stage.name not in trained]
+    last = [stage.name for stage in after].index(job.bundle_stage)
+    execute(job, after[: last + 1], finished=trained)
+    storage.remove_partial(destination.parent, destination.name)
     with storage.atomic_folder(destination) as folder:
         shutil.copytree(deployment.bundle_folder(job), folder, dirs_exist_ok=True)
     return destination
@@ -187,8 +191,14 @@ def open_job(
     name: str | None = None,
 ) -> Job:
     """The job that a recipe describes, in its run folder."""
-    loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
-    return Job(loaded, runs / (name or loaded.name))
+    if isinstance(recipe, Recipe):
+        loaded = recipes.checked(recipe)
+    else:
+        loaded = recipes.load(recipe, overrides)
+    if name is not None:
+        recipes.check_name(name, "--name")
+        loaded = replace(loaded, name=name)
+    return Job(loaded, runs / loaded.name)
 
 
 def finished_job(run_folder: Path | None, *, runs: Path = RUNS) -> Job:
@@ -222,16 +232,13 @@ def _last_stage(run_folder: Path) -> Path:
 
 
 def _networks_finished(run_folder: Path) -> bool:
-    return (
-        read_stage(run_folder / "finetune-aggressive") is not None
-        and read_stage(run_folder / "finetune-mild") is not None
-    )
+    return all(is_current(run_folder, f"finetune-{variant}") for variant in ("mild", "aggressive"))
 
 
 def _use_threads(threads: int) -> None:
     import torch
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or usable_cores())
 
 
 __all__ = [

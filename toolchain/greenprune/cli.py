@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -58,9 +57,9 @@ def _guarded(command: click.Command, arguments: Sequence[str] | None, name: str)
         say(f"{name}: {error}")
         status = USER_MUST_ACT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        say(f"{name}: {error.filename or 'a file'}: the disk is full; free some space, try again")
+        say(
+            f"{name}: {error.filename or 'a file'}: {error.strerror or error}; see to it, try again"
+        )
         status = USER_MUST_ACT
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -201,7 +201,7 @@ def _draw(source: _Source, settings: DataSettings, seed: int) -> dict[str, Split
     fixed = source.fixed
     wanted = {"development": settings.development}
     held_out = {"selector": settings.selector, "certification": settings.certification}
-    from_train = wanted | (held_out if settings.held_out_from == "train" else {})
+    from_train = wanted | (held_out if settings.held_out_from != "test" else {})
     from_test = held_out if settings.held_out_from == "test" else {}
     splits = {"train": source.train, "test": source.test, **fixed}
     for origin, counts in (("train", from_train), ("test", from_test)):

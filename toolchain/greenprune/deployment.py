@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ from greenprune.bundle import VARIANTS
 from greenprune.data import Split, normalise
 from greenprune.errors import NotAvailableError, RecipeError, RunError, TargetError
 from greenprune.harness import Results, bench, read_results, write_results
-from greenprune.harness.environment import versions
+from greenprune.harness.environment import usable_cores, versions
 from greenprune.nncec import account as accounting
 from greenprune.nncec import ledger
 from greenprune.nncec.report import write_report
 from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work
-from greenprune.registry import load_target
+from greenprune.registry import Target, load_target
 from greenprune.runtime import decide
 from greenprune.runtime.runners import verify_artifact
 from greenprune_calibration.certificate import certify as certify_thresholds
 from greenprune_calibration.samples import draw_balanced
 
 BATCH = 100
+NOT_YET = "not available yet: "
+REPLAY_BYTES = 64 << 20
+"""A bundle's replay images stay below this, whatever their size."""
 
 
 def stages(target: str) -> list[Stage]:
@@ -43,10 +47,14 @@ def stages(target: str) -> list[Stage]:
         Stage(compiled, compile_artifacts, needs=("export",), depends=_compile_depends),
         Stage(certified, certify, needs=(compiled, "selector"), depends=of("certify")),
         Stage(bundled, write_bundle, needs=("calibrate", compiled, certified)),
-        Stage(benched, measure, needs=(bundled,), depends=of("bench")),
+        Stage(benched, measure, needs=(bundled,), depends=_bench_depends),
         Stage(accounted, account, needs=(benched,), depends=of("account")),
         Stage(f"report-{target}", report, needs=(accounted,)),
     ]
+
+
+def _bench_depends(job: Job) -> Any:
+    return [schema.encode(job.recipe.bench), job.recipe.threads or usable_cores()]
 
 
 def _calibrate_depends(job: Job) -> Any:
@@ -54,14 +62,33 @@ def _calibrate_depends(job: Job) -> Any:
 
 
 def _compile_depends(job: Job) -> Any:
-    return [schema.encode(job.recipe.compile), _runtimes(job)]
+    settings = job.recipe.compile
+    return [schema.encode(settings), runtimes(job), load_target(settings.target).probe()]
 
 
-def _runtimes(job: Job) -> list[str]:
+def runtimes(job: Job) -> list[str]:
+    """The runtimes to build for.
+
+    Raises:
+        NotAvailableError: the target, or the precision on it, is not built yet.
+        TargetError: an unknown target or runtime, or none of its runtimes is installed.
+    """
     settings = job.recipe.compile
     target = load_target(settings.target)
-    here = list(target.runtimes_here())
-    wanted = list(settings.runtimes) or here
+    status = target.capabilities.status
+    if status.startswith(NOT_YET):
+        raise NotAvailableError(f"target '{settings.target}': {status.removeprefix(NOT_YET)}")
+    if settings.precision not in target.capabilities.precisions:
+        raise NotAvailableError(
+            f"precision '{settings.precision}' for target '{settings.target}'; "
+            f"it offers {', '.join(target.capabilities.precisions)}"
+        )
+    wanted = list(settings.runtimes) or list(target.runtimes_here())
+    if not wanted:
+        raise TargetError(
+            f"target '{settings.target}': none of its runtimes is installed here; expected one of "
+            f"{', '.join(target.capabilities.runtimes)}: pip install 'greenprune[{target.name}]'"
+        )
     for runtime in wanted:
         if runtime not in target.capabilities.runtimes:
             raise TargetError(
@@ -77,7 +104,8 @@ def calibrate(work: Work) -> dict[str, Any]:
     data, recipe = job.data, job.recipe
     count = min(recipe.compile.calibration_images, len(data.train.targets))
     drawn = draw_balanced(data.train.targets.numpy(), count, recipe.seed + 30)
-    replayed = slice(0, recipe.bench.replay_images)
+    image_bytes = 4 * data.test.inputs[0].numel()
+    replayed = slice(0, max(1, min(recipe.bench.replay_images, REPLAY_BYTES // image_bytes)))
     arrays: dict[str, NDArray[Any]] = {
         "calibration_inputs": _prepared(job, data.train.inputs[torch.from_numpy(drawn)]),
         "replay_inputs": _prepared(job, data.test.inputs[replayed]),
@@ -97,16 +125,11 @@ def compile_artifacts(work: Work) -> dict[str, Any]:
     job = work.job
     settings = job.recipe.compile
     target = load_target(settings.target)
-    if settings.precision not in target.capabilities.precisions:
-        raise NotAvailableError(
-            f"precision '{settings.precision}' for target '{settings.target}'; "
-            f"it offers {', '.join(target.capabilities.precisions)}"
-        )
     exported = job.place("export")
     reference_input = np.load(exported / "reference_input.npy", allow_pickle=False)
     artifacts: dict[str, dict[str, str]] = {variant: {} for variant in VARIANTS}
     differences: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS}
-    for runtime in _runtimes(job):
+    for runtime in runtimes(job):
         for variant in VARIANTS:
             made = target.compile(
                 exported / f"{variant}.onnx", runtime, work.folder / runtime, variant
@@ -121,7 +144,11 @@ def compile_artifacts(work: Work) -> dict[str, Any]:
             )
             artifacts[variant][runtime] = f"{runtime}/{made.name}"
             differences[variant][runtime] = parity.largest_difference
-    return {"artifacts": artifacts, "largest_difference": differences}
+    return {
+        "artifacts": artifacts,
+        "largest_difference": differences,
+        "machine": target.probe(),
+    }
 
 
 def _reference_outputs(folder: Path, variant: str) -> dict[str, NDArray[np.float32]]:
@@ -179,16 +206,34 @@ def certify(work: Work) -> dict[str, Any]:
     )
     table = [schema.encode(row) for row in rows]
     operating = next(row for row in table if row["max_accuracy_loss"] == settings.operating_loss)
+    target = load_target(job.recipe.compile.target)
+    if platform.machine() not in target.capabilities.machines:
+        return _certified_elsewhere(job, table, target)
     threshold = operating["threshold"] if operating["certified"] else None
     tested = _test_pair(job, threshold)
     return {
         "table": table,
         "threshold": threshold,
         "certified_on": bundle.setting(
-            job.recipe.compile.target, default_runtime(job), job.recipe.compile.precision
+            target.name, default_runtime(job), job.recipe.compile.precision
         ),
         "test": tested,
         "headline": _promise(operating, tested),
+    }
+
+
+def _certified_elsewhere(job: Job, table: list[dict[str, Any]], target: Target) -> dict[str, Any]:
+    """A certificate holds on the device alone: nothing is promised for one that is not here."""
+    reason = (
+        f"scored on {platform.machine()}, not on {' or '.join(target.capabilities.machines)}; "
+        "certifying on the device is not available yet"
+    )
+    return {
+        "table": [{**row, "certified": False, "reason": row["reason"] or reason} for row in table],
+        "threshold": None,
+        "certified_on": "",
+        "test": _test_pair(job, None),
+        "headline": f"not certified, so that mild answers everything: {reason}",
     }
 
 
@@ -277,7 +322,7 @@ def _manifest(job: Job) -> bundle.Manifest:
             replay_targets="samples/replay_targets.npy",
         ),
         provenance={
-            "recipe": schema.encode(recipe),
+            "recipe": _without_places(schema.encode(recipe)),
             "seed": recipe.seed,
             "versions": versions(),
             "networks": {
@@ -286,6 +331,18 @@ def _manifest(job: Job) -> bundle.Manifest:
             },
         },
     )
+
+
+def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with names instead of absolute paths: a bundle does not tell its maker's disk."""
+    return {
+        key: _without_places(value)
+        if isinstance(value, dict)
+        else Path(value).name
+        if isinstance(value, str) and Path(value).is_absolute()
+        else value
+        for key, value in recipe.items()
+    }
 
 
 def _network_stage(variant: str) -> str:

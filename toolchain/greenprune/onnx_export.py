@@ -71,6 +71,8 @@ def export_onnx(
                 verbose=False,
             )
         onnx.checker.check_model(path, full_check=True)
+    except OSError:
+        raise
     except Exception as error:
         raise ExportError(
             f"{path.name}: the network cannot be exported to ONNX ({error}); expected a network "

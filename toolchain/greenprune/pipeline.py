@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ import filelock
 
 from greenprune import schema, storage
 from greenprune._version import __version__
-from greenprune.errors import RunError
+from greenprune.errors import MeasurementError, NotAvailableError, RunError
 from greenprune.harness.environment import versions
-from greenprune.meters import Energy, label, open_meter
+from greenprune.meters import Window, label, open_meter
 from greenprune.nncec import ledger
 from greenprune.progress import say
 from greenprune.recipe import Recipe
@@ -55,9 +56,11 @@ class Job:
     def results(self, stage: str) -> dict[str, Any]:
         """What a finished stage found."""
         content = read_stage(self.place(stage))
-        if content is None:
+        if content is None or not is_current(self.folder, stage):
+            state = "not finished" if content is None else "older than what it was made from"
             raise RunError(
-                f"{self.place(stage)}: stage '{stage}' is not finished; run `greenprune run` again"
+                f"{self.place(stage)}: stage '{stage}' is {state}; `greenprune run` with the same "
+                "recipe and --name completes it"
             )
         results: dict[str, Any] = content["results"]
         return results
@@ -109,13 +112,34 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def execute(job: Job, stages: Sequence[Stage]) -> None:
+def is_current(run_folder: Path, stage: str) -> bool:
+    """Whether a stage is finished and so is all that it was made from, unchanged since."""
+    content = read_stage(run_folder / stage)
+    if content is None:
+        return False
+    for name, inputs_sha256 in content["needs"].items():
+        needed = read_stage(run_folder / name)
+        if needed is None or needed["inputs_sha256"] != inputs_sha256:
+            return False
+    return all(is_current(run_folder, name) for name in content["needs"])
+
+
+def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> None:
     """Run every stage that is not complete, in order.
+
+    Args:
+        job: the run.
+        stages: in an order in which each comes after those it needs.
+        finished: stages that are needed and taken as they are; they must be current.
 
     Raises:
         RunError: another process is at work in the same run folder.
         GreenpruneError: whatever a stage raises; what is complete stays complete.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise NotAvailableError(
+            "a run under torchrun; use one process (greenprune.training.fit alone runs on many)"
+        )
     with storage.storage_errors(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(job.folder / ".lock")
@@ -127,25 +151,30 @@ def execute(job: Job, stages: Sequence[Stage]) -> None:
             "or choose another --name"
         ) from None
     try:
-        storage.remove_partial(job.folder)
-        _write_run(job)
-        hashes: dict[str, str] = {}
+        for place in (job.folder, job.folder / "checkpoints"):
+            storage.remove_partial(place)
+        hashes = {name: _inputs_of(job, name) for name in finished}
         for number, stage in enumerate(stages, start=1):
             hashes[stage.name] = _inputs_hash(job, stage, hashes)
             title = f"[{number}/{len(stages)}] {stage.name}"
             if _is_complete(job, stage, hashes[stage.name]):
                 say(f"{title}: complete")
             else:
-                _run_stage(job, stage, hashes[stage.name], title)
+                _run_stage(job, stage, hashes, title)
     finally:
         lock.release()
 
 
-def _write_run(job: Job) -> None:
-    path = job.folder / RUN_FILE
+def write_run(job: Job) -> None:
+    """Note the recipe in the run's folder, so that other commands find it there."""
     content = {"greenprune": __version__, "recipe": schema.encode(job.recipe)}
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != content:
-        storage.write_json(path, content)
+    storage.write_json(job.folder / RUN_FILE, content)
+
+
+def _inputs_of(job: Job, stage: str) -> str:
+    job.results(stage)
+    content = read_stage(job.place(stage)) or {}
+    return str(content["inputs_sha256"])
 
 
 def _inputs_hash(job: Job, stage: Stage, hashes: dict[str, str]) -> str:
@@ -164,54 +193,81 @@ def _is_complete(job: Job, stage: Stage, inputs_sha256: str) -> bool:
     content = read_stage(job.place(stage.name))
     if content is None or content["inputs_sha256"] != inputs_sha256:
         return False
-    _enter_in_ledger(job, content)
+    _enter_in_ledger(job, content, content["stage"])
     return True
 
 
-def _run_stage(job: Job, stage: Stage, inputs_sha256: str, title: str) -> None:
+def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> None:
     say(f"{title} …")
-    started = datetime.datetime.now(datetime.timezone.utc)
-    clock = time.monotonic()
+    inputs_sha256 = hashes[stage.name]
     checkpoint = job.checkpoint(stage.name, inputs_sha256)
+    content: dict[str, Any] = {
+        "stage": stage.name,
+        "inputs_sha256": inputs_sha256,
+        "needs": {name: hashes[name] for name in stage.needs},
+        "seed": job.recipe.seed,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
+        "versions": versions(),
+        # what a killed process spent before its checkpoint is nowhere: the joules are a lower bound
+        "resumed": checkpoint.is_file(),
+    }
     with storage.atomic_folder(job.place(stage.name)) as folder:
-        with open_meter(job.recipe.bench.meter) as meter, meter.measure() as window:
-            results = stage.function(Work(job=job, folder=folder, checkpoint=checkpoint))
-        content = {
-            "stage": stage.name,
-            "inputs_sha256": inputs_sha256,
-            "seed": job.recipe.seed,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": time.monotonic() - clock,
-            "energy": schema.encode(window.energy),
-            "versions": versions(),
-            "results": results,
-        }
+        work = Work(job=job, folder=folder, checkpoint=checkpoint)
+        try:
+            _measured(job, content, lambda: stage.function(work))
+        except BaseException:
+            _enter_in_ledger(job, content, f"{stage.name}-stopped")
+            raise
         storage.write_json(folder / STAGE_FILE, content)
-    checkpoint.unlink(missing_ok=True)
-    _enter_in_ledger(job, content)
-    told = [f"{content['seconds']:.1f} s", _joules(window.energy), results.get("headline")]
+    for old in checkpoint.parent.glob(f"{stage.name}-*.safetensors"):
+        old.unlink()
+    _enter_in_ledger(job, content, stage.name)
+    told = (
+        f"{content['seconds']:.1f} s",
+        _joules(content["energy"]),
+        content["results"].get("headline"),
+    )
     say(f"{title}: {'; '.join(part for part in told if part)}")
 
 
-def _joules(energy: Energy | None) -> str:
+def _measured(job: Job, content: dict[str, Any], function: Callable[[], dict[str, Any]]) -> None:
+    """Run ``function`` and put its results, seconds and joules into ``content``.
+
+    A meter that fails leaves a marked gap, joules null with the reason, and never costs a training.
+    """
+    clock = time.monotonic()
+    window = Window()
+    try:
+        with open_meter(job.recipe.bench.meter) as meter, meter.measure() as window:
+            content["results"] = function()
+    except MeasurementError as error:
+        if "results" not in content:
+            raise
+        content["energy_gap"] = str(error)
+    finally:
+        content["seconds"] = time.monotonic() - clock
+        content["energy"] = schema.encode(window.energy)
+
+
+def _joules(energy: dict[str, Any] | None) -> str:
     if energy is None:
-        return "no meter"
-    if energy.low == energy.high:
-        return f"{energy.value:,.0f} J"
-    return f"{energy.low:,.0f} to {energy.high:,.0f} J ({label(energy.provenance)})"
+        return "joules not measured"
+    if energy["low"] == energy["high"]:
+        return f"{energy['value']:.3g} J"
+    return f"{energy['low']:.3g} to {energy['high']:.3g} J ({label(energy['provenance'])})"
 
 
-def _enter_in_ledger(job: Job, content: dict[str, Any]) -> None:
+def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:
     """Append the stage to the life's ledger, once: also after a kill between folder and row."""
     path = job.folder / LEDGER_FILE
-    identity = f"{content['stage']} {content['started']} {content['inputs_sha256'][:16]}"
+    identity = f"{stage} {content['started']} {content['inputs_sha256'][:16]}"
     if any(row.identity == identity for row in ledger.read(path)):
         return
     ledger.append(
         path,
         ledger.stage_row(
             identity=identity,
-            stage=content["stage"],
+            stage=stage,
             seconds=content["seconds"],
             energy=content["energy"],
             intensity_g_per_kwh=job.recipe.account.intensity_g_per_kwh,

@@ -62,9 +62,10 @@ class DataSettings:
     """Images taken out of training to choose by."""
     selector: AtLeastOne = 250
     certification: AtLeastOne = 300
-    held_out_from: Literal["train", "test"] = "train"
-    """Where the selector's and the certificate's images come from: the training images, or, for
-    weights that others trained on all of these, the test images."""
+    held_out_from: Literal["train", "test"] | None = None
+    """Where the selector's and the certificate's images come from: the training images (None), or,
+    for weights that were trained on all of these, the test images. Must be said where
+    ``model.weights`` is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +273,17 @@ def _override(content: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
+def checked(recipe: Recipe) -> Recipe:
+    """A recipe that was made in Python, held to what :func:`load` holds a file to.
+
+    Raises:
+        RecipeError: a wrong type or value.
+    """
+    same = schema.decode(schema.encode(recipe), Recipe, "the recipe", RecipeError)
+    _check(same, "the recipe")
+    return _resolve_paths(same, Path.cwd())
+
+
 def _check(recipe: Recipe, where: str) -> None:
     mild, aggressive = recipe.prune.mild.macs, recipe.prune.aggressive.macs
     if aggressive >= mild:
@@ -284,8 +296,20 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: certify.operating_loss = {recipe.certify.operating_loss} must be one of "
             f"certify.max_accuracy_loss = {list(recipe.certify.max_accuracy_loss)}"
         )
-    if not recipe.name or recipe.name in (".", "..") or set(recipe.name) & set("/\\\0"):
-        raise RecipeError(f"{where}: name = '{recipe.name}' must be usable as a folder's name")
+    if recipe.model.weights is not None and recipe.data.held_out_from is None:
+        raise RecipeError(
+            f"{where}: model.weights is given, so that data.held_out_from must be said too: 'test' "
+            "where the weights were trained on all training images (a certificate on images that "
+            "a network has seen holds for nothing), 'train' where they have not seen those that "
+            "this recipe and seed hold out"
+        )
+    check_name(recipe.name, where)
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises RecipeError: a run's name that is no folder's name."""
+    if not name or name in (".", "..") or set(name) & set("/\\\0"):
+        raise RecipeError(f"{where}: name '{name}' must be usable as a folder's name")
 
 
 def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:

@@ -36,6 +36,8 @@ class Capabilities:
     """Channel counts on multiples of this use its kernels fully."""
     meters: tuple[str, ...]
     """Energy meters that it may have."""
+    machines: tuple[str, ...]
+    """``platform.machine()`` of the machines that it runs on."""
     status: str = "ready"
     """``ready``, or what is missing: ``not available yet: ...``."""
 
@@ -57,7 +59,7 @@ class Runner(Protocol):
 
 class Target(Protocol):
     """A kind of device: data plus few methods. Checks are in the callers
-    (:mod:`greenprune.runtime.artifacts`)."""
+    (:mod:`greenprune.runtime.runners`)."""
 
     name: str
     description: str

@@ -33,6 +33,18 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{error.filename or path}: cannot be written: {advice}") from error
 
 
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """:func:`storage_errors` for code that reads too: a full disk alone becomes a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with storage_errors(path):
+            raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, whole.
 
@@ -79,8 +91,9 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
         )
         temporary.chmod(0o755)
     try:
-        with storage_errors(destination):
+        with full_disk(destination):
             yield temporary
+        with storage_errors(destination):
             _sync_files(temporary)
             if destination.exists():
                 old = destination.with_name(f"{PARTIAL_PREFIX}old-{temporary.name}")
@@ -101,9 +114,9 @@ def _sync_files(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what killed writers left in ``folder``."""
-    for path in folder.glob(f"{PARTIAL_PREFIX}*"):
+def remove_partial(folder: Path, name: str = "") -> None:
+    """Remove what killed writers of ``name`` (of anything) left in ``folder``."""
+    for path in folder.glob(f"{PARTIAL_PREFIX}{name}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -105,29 +105,45 @@ class MspNetwork(nn.Module):
 
 
 def tap(network: nn.Module) -> fx.GraphModule:
-    """The same network with a second output: the pooled features its last linear layer reads.
+    """The same network with a second output: the pooled features that its classifier reads.
+
+    The classifier is the linear layer or convolution whose output, at most reshaped, pooled or
+    passed through an activation, is the network's. Features are float32 [N, F].
 
     Raises:
-        PruningError: the network cannot be traced, or no linear layer precedes its output.
+        PruningError: the network cannot be traced, or has no such classifier.
     """
     try:
         traced = fx.symbolic_trace(network)
     except Exception as error:
         raise PruningError(f"the network cannot be traced for its features: {error}") from error
-    linear = [
-        node
-        for node in traced.graph.nodes
-        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Linear)
-    ]
-    if not linear:
-        raise PruningError(
-            "the selector reads what the network's last linear layer reads, and this network has "
-            "no nn.Linear; expected a classifier that ends in one"
-        )
     output = next(node for node in traced.graph.nodes if node.op == "output")
-    output.args = ((output.args[0], linear[-1].args[0]),)
+    node = output.args[0]
+    while isinstance(node, fx.Node) and not _is_classifier(traced, node):
+        sources = node.all_input_nodes
+        node = sources[0] if len(sources) == 1 else None
+    if not isinstance(node, fx.Node):
+        raise PruningError(
+            "the selector reads what the network's classifier reads, and none was found: expected "
+            "an nn.Linear or nn.Conv2d module whose output, at most reshaped, is the network's"
+        )
+    read = node.all_input_nodes[0]
+    with traced.graph.inserting_before(output):
+        features = traced.graph.call_function(_pooled, (read,))
+    output.args = ((output.args[0], features),)
     traced.recompile()
     return traced
+
+
+def _is_classifier(traced: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(
+        traced.get_submodule(str(node.target)), nn.Linear | nn.Conv2d
+    )
+
+
+def _pooled(values: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C] by the mean; [N, F] as it is."""
+    return values.mean(dim=(2, 3)) if values.dim() == 4 else values.flatten(1)
 
 
 def observe(
@@ -138,7 +154,7 @@ def observe(
     with torch.no_grad():
         parts = [tapped(inputs) for inputs, _ in batches(split, preprocessing, BATCH)]
     logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logits, features.flatten(1)
+    return logits, features
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,17 @@ class Meter:
         start = time.monotonic()
         try:
             yield window
-        finally:
-            seconds = time.monotonic() - start
-            meter.stop()
-            window.energy = self._energy(meter.get_trace()[0].energy, seconds)
+        except BaseException:
+            # what was spent is worth knowing; what went wrong is worth more than a failed reading
+            with suppress(MeasurementError):
+                window.energy = self._read(meter, start)
+            raise
+        window.energy = self._read(meter, start)
+
+    def _read(self, meter: Any, start: float) -> Energy:
+        seconds = time.monotonic() - start
+        meter.stop()
+        return self._energy(meter.get_trace()[0].energy, seconds)
 
     def close(self) -> None:
         """Stop the meter's background reading."""

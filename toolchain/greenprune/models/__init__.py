@@ -204,6 +204,9 @@ def _load_file(path: Path, error: type[GreenpruneError]) -> ModuleType:
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses in the file look their module up
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # its neighbours can be imported, as under 'python file.py'
     try:
         specification.loader.exec_module(module)
     except Exception as problem:

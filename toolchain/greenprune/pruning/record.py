@@ -145,9 +145,11 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _factory_sha256(factory: str) -> str:
+    """Of the source; our own networks are known by their names, shapes and weights alone."""
     from greenprune.models import resolve
 
-    return storage.sha256(Path(resolve(factory)[1]))
+    source = resolve(factory)[1]
+    return "" if factory.startswith("greenprune.models:") else storage.sha256(source)
 
 
 def _read(path: Path) -> _File:
