@@ -55,10 +55,13 @@ def _over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
         for key in ("accuracy", "macs", "params", "accept_rate")
         if key in found[0]
     }
-    for key in ("latency_ms", "speedup"):
-        made[key] = {
-            runtime: _spread([run[key][runtime] for run in found]) for runtime in found[0][key]
-        }
+    for runtime in found[0]["latency_ms"]:
+        made.setdefault("mean_latency_ms", {})[runtime] = _spread(
+            [run["latency_ms"][runtime]["mean"] for run in found]
+        )
+        made.setdefault("speedup", {})[runtime] = _spread(
+            [run["speedup"][runtime] for run in found]
+        )
     return made
 
 

@@ -42,14 +42,14 @@ def main() -> None:
 def digits(result: dict[str, Any]) -> str:
     """Mean ± deviation over three seeds."""
     figures = result["figures"]
-    runtimes = list(figures["variants"]["dense"]["latency_ms"])
+    runtimes = list(figures["variants"]["dense"]["speedup"])
     rows = [
         [
             variant,
             _percent(found["accuracy"]),
             f"{found['macs']['mean'] / 1e6:.2f} M",
             f"{found['params']['mean']:,.0f}",
-            *(f"{found['latency_ms'][runtime]['mean']:.3f}" for runtime in runtimes),
+            *(f"{found['mean_latency_ms'][runtime]['mean']:.3f}" for runtime in runtimes),
         ]
         for variant, found in figures["variants"].items()
     ]
@@ -80,7 +80,7 @@ def resnet56_cifar10(result: dict[str, Any]) -> str:
             f"{found['macs'] / 1e6:.1f} M ({found['macs'] / dense:.0%})",
             f"{found['params']:,}",
             *(
-                f"{found['latency_ms'][runtime]:.2f} ({found['speedup'][runtime]:.2f}x)"
+                f"{found['latency_ms'][runtime]['mean']:.2f} ({found['speedup'][runtime]:.2f}x)"
                 for runtime in runtimes
             ),
         ]
@@ -103,7 +103,7 @@ def resnet56_cifar10(result: dict[str, Any]) -> str:
 
 def _headings(runtimes: list[str]) -> list[str]:
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-    return [f"{names.get(runtime, runtime)}, ms" for runtime in runtimes]
+    return [f"{names.get(runtime, runtime)}, mean ms" for runtime in runtimes]
 
 
 def _percent(spread: dict[str, float]) -> str:

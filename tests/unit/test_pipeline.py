@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,8 @@ import filelock
 import pytest
 
 from greenprune import pipeline, recipe
-from greenprune.errors import RunError, StorageError, TrainingError
+from greenprune.errors import MeasurementError, RunError, StorageError, TrainingError
+from greenprune.meters import Meter, Window
 from greenprune.nncec import ledger
 from greenprune.pipeline import LEDGER_FILE, RUN_FILE, STAGE_FILE, Job, Stage, Work, execute
 from greenprune.recipe import AccountSettings, BenchSettings, Recipe
@@ -75,7 +77,6 @@ def test_stages_run_in_order_and_each_sees_what_it_needs(job: Job) -> None:
     assert job.results("third") == {"value": "third of ['second']"}
     assert json.loads((job.place("second") / "file").read_text()) == {"first": "first of []"}
     assert entered(job) == calls
-    assert recipe.read_back(job.folder / RUN_FILE) == RECIPE
 
 
 def test_stage_json_says_what_the_stage_was(job: Job) -> None:
@@ -147,7 +148,6 @@ def test_a_changed_seed_reruns_all_and_a_changed_version_its_stage(job: Job) -> 
     other = Job(replace(RECIPE, seed=1), job.folder)
     execute(other, stages)
     assert again == ["first", "aside", "second", "third"]
-    assert recipe.read_back(job.folder / RUN_FILE) == other.recipe
 
 
 def test_what_a_stage_depends_on_comes_from_the_job(job: Job) -> None:
@@ -174,7 +174,7 @@ def test_a_failure_leaves_nothing_of_its_stage_and_all_of_the_earlier_ones(job: 
     assert calls == ["first", "aside"]
     assert not job.place("second").exists()
     assert not list(job.folder.glob(".partial-*"))
-    assert entered(job) == ["first", "aside"]
+    assert entered(job) == ["first", "aside", "second-stopped"], "what it spent is spent"
     with pytest.raises(RunError, match="stage 'second' is not finished"):
         job.results("second")
     checkpoints = list((job.folder / "checkpoints").iterdir())
@@ -184,8 +184,61 @@ def test_a_failure_leaves_nothing_of_its_stage_and_all_of_the_earlier_ones(job: 
     execute(job, stages)
 
     assert calls == ["second", "third"]
-    assert entered(job) == ["first", "aside", "second", "third"]
+    assert entered(job) == ["first", "aside", "second-stopped", "second", "third"]
     assert not checkpoints[0].exists(), "a finished stage needs no checkpoint"
+    assert json.loads((job.place("second") / STAGE_FILE).read_text())["resumed"]
+    assert not json.loads((job.place("third") / STAGE_FILE).read_text())["resumed"]
+
+
+def test_what_was_made_from_older_results_is_no_result(job: Job) -> None:
+    execute(job, chain([]))
+    other = chain([], second=lambda _: "changed")
+
+    execute(job, other[:3])
+
+    assert job.results("second")
+    assert not pipeline.is_current(job.folder, "third")
+    with pytest.raises(RunError, match="stage 'third' is older than what it was made from"):
+        job.results("third")
+
+
+def test_finished_stages_are_taken_as_they_are(job: Job) -> None:
+    calls: Calls = []
+    stages = chain(calls)
+    execute(job, stages[:2])
+
+    execute(job, stages[2:], finished=["first", "aside"])
+
+    assert calls == ["first", "aside", "second", "third"]
+    execute(job, stages)
+    assert len(calls) == 4, "their hashes are those of the whole way"
+
+
+def test_stages_that_are_not_finished_are_not_taken(job: Job) -> None:
+    calls: Calls = []
+
+    with pytest.raises(RunError, match="stage 'first' is not finished"):
+        execute(job, chain(calls)[2:], finished=["first"])
+    assert calls == []
+
+
+def test_a_meter_that_fails_is_a_gap_and_costs_no_stage(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def stuck(_: Meter) -> Iterator[Window]:
+        yield Window()
+        raise MeasurementError("the counter did not move")
+
+    monkeypatch.setattr(Meter, "measure", stuck)
+
+    execute(job, chain([])[:1])
+
+    content = json.loads((job.place("first") / STAGE_FILE).read_text())
+    assert content["energy"] is None
+    assert content["energy_gap"] == "the counter did not move"
+    (row,) = ledger.read(job.folder / LEDGER_FILE)
+    assert (row.stage, row.joules) == ("first", None)
 
 
 def test_a_failed_rerun_is_tried_again(job: Job) -> None:
@@ -343,18 +396,17 @@ def test_a_damaged_stage_is_a_run_error_that_says_what_to_do(job: Job, content: 
         execute(job, chain([]))
 
 
-def test_a_damaged_description_of_the_run_is_written_anew(job: Job) -> None:
-    execute(job, chain([]))
+def test_the_recipe_is_noted_in_the_runs_folder(job: Job) -> None:
+    pipeline.write_run(job)
     (job.folder / RUN_FILE).write_text("{half")
-
-    execute(job, chain([]))
+    pipeline.write_run(job)
 
     assert recipe.read_back(job.folder / RUN_FILE) == RECIPE
 
 
 def test_a_missing_stage_is_none_and_its_results_say_what_to_do(job: Job) -> None:
     assert pipeline.read_stage(job.place("first")) is None
-    with pytest.raises(RunError, match=r"'first' is not finished; run `greenprune run` again"):
+    with pytest.raises(RunError, match=r"'first' is not finished; `greenprune run` with"):
         job.results("first")
 
 

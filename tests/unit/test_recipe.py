@@ -68,6 +68,7 @@ def test_overrides_are_toml_or_else_plain_text(tmp_path: Path) -> None:
         [
             "train.epochs=5",
             "model.weights=some/resnet56.th",
+            "data.held_out_from=test",
             "prune.method='random'",
             "data.size=[8, 9]",
             "model.arguments.num_classes=4",
@@ -113,9 +114,9 @@ def test_overrides_are_toml_or_else_plain_text(tmp_path: Path) -> None:
         ("prune.mild.macs=1.5", "key 'prune.mild.macs'"),
         ("certify.delta=0", "key 'certify.delta'"),
         ("name=12", "key 'name'"),
-        ("name=''", "name = ''"),
-        ("name='..'", "name = '..'"),
-        ("name='a/b'", "name = 'a/b'"),
+        ("name=''", "name ''"),
+        ("name='..'", "name '..'"),
+        ("name='a/b'", "name 'a/b'"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, override: str, named: str) -> None:
@@ -152,6 +153,28 @@ def test_the_operating_loss_must_be_a_row_of_the_dial(tmp_path: Path) -> None:
     assert recipe.load(path, rows).certify.operating_loss == 0.07
 
 
+def test_weights_from_elsewhere_need_a_word_on_what_they_have_seen(tmp_path: Path) -> None:
+    path = written(tmp_path, "model.weights = 'net.th'\n")
+
+    with pytest.raises(RecipeError, match=r"data\.held_out_from must be said too"):
+        recipe.load(path)
+    assert recipe.load(path, ["data.held_out_from=train"]).data.held_out_from == "train"
+
+
+def test_a_recipe_made_in_python_is_held_to_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = Recipe(data=recipe.DataSettings(path="images", size=(8, 9)))
+
+    assert recipe.checked(made).data.path == str(tmp_path / "images")
+    assert recipe.checked(made).data.size == (8, 9)
+    with pytest.raises(RecipeError, match="key 'seed'"):
+        recipe.checked(dataclasses.replace(made, seed=-1))
+    with pytest.raises(RecipeError, match="name 'a/b'"):
+        recipe.checked(dataclasses.replace(made, name="a/b"))
+
+
 def test_a_missing_recipe_names_those_that_are_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="lenet5-digits") as caught:
         recipe.load(tmp_path / "none.toml")
@@ -177,6 +200,7 @@ def test_paths_are_relative_to_the_recipes_folder(
     weights = "../net.th"
     [data]
     source = "images.py:load"
+    held_out_from = "train"
     path = "/elsewhere/images"
     [task]
     loss = "sub/loss.py:mine"
@@ -212,7 +236,10 @@ def test_a_built_in_recipes_paths_are_relative_to_where_the_command_is_typed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    loaded = recipe.load("lenet5-digits", ["model.weights=lenet.th", "data.path=~/images"])
+    loaded = recipe.load(
+        "lenet5-digits",
+        ["model.weights=lenet.th", "data.path=~/images", "data.held_out_from=test"],
+    )
 
     assert loaded.model.weights == str(tmp_path / "lenet.th")
     assert loaded.data.path == str(Path("~/images").expanduser())

@@ -195,7 +195,7 @@ def export(
     type=click.Choice(["quick", "standard", "report", "mlperf-tiny"]),
     default="standard",
     show_default=True,
-    help="How long and how strictly to measure.",
+    help="How long and how strictly: quick takes seconds, standard about 2 minutes a candidate.",
 )
 @click.option("--meter", default="auto", show_default=True, help="See `greenprune doctor`.")
 @click.option("--threads", type=int, default=0, help="CPU threads; 0 means one for each core.")

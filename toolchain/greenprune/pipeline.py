@@ -193,7 +193,7 @@ def _is_complete(job: Job, stage: Stage, inputs_sha256: str) -> bool:
     content = read_stage(job.place(stage.name))
     if content is None or content["inputs_sha256"] != inputs_sha256:
         return False
-    _enter_in_ledger(job, content, content["stage"])
+    _enter_in_ledger(job, content, _counted_as(content))
     return True
 
 
@@ -221,7 +221,7 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> No
         storage.write_json(folder / STAGE_FILE, content)
     for old in checkpoint.parent.glob(f"{stage.name}-*.safetensors"):
         old.unlink()
-    _enter_in_ledger(job, content, stage.name)
+    _enter_in_ledger(job, content, _counted_as(content))
     told = (
         f"{content['seconds']:.1f} s",
         _joules(content["energy"]),
@@ -255,6 +255,11 @@ def _joules(energy: dict[str, Any] | None) -> str:
     if energy["low"] == energy["high"]:
         return f"{energy['value']:.3g} J"
     return f"{energy['low']:.3g} to {energy['high']:.3g} J ({label(energy['provenance'])})"
+
+
+def _counted_as(content: dict[str, Any]) -> str:
+    """What a stage is called in the ledger; loading trained weights is not training."""
+    return str(content["results"].get("counted_as", content["stage"]))
 
 
 def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:

@@ -136,7 +136,11 @@ def train(work: Work) -> dict[str, Any]:
     )
     record.save_network(work.folder / NETWORK, network, described)
     results = _described(job, network, _evaluate(job, network, job.data.test))
-    return {**results, "headline": f"accuracy {results['accuracy']:.2%}"}
+    return {
+        **results,
+        "counted_as": "load" if settings.weights else "train",
+        "headline": f"accuracy {results['accuracy']:.2%}",
+    }
 
 
 def preflight(job: Job, network: nn.Module) -> None:

@@ -18,7 +18,7 @@ VARIANTS = (*NETWORKS, "pair")
 
 
 def summarise(job: Job) -> dict[str, Any]:
-    """What ``greenprune run --json`` prints. Latencies are medians in ms, energies mJ."""
+    """What ``greenprune run --json`` prints. Latencies are in ms, energies in mJ an inference."""
     target = job.recipe.compile.target
     results = deployment.results_of(job)
     certified = job.results(f"certify-{target}")
@@ -52,11 +52,7 @@ def _stages(job: Job) -> list[dict[str, Any]]:
 def _variant(job: Job, variant: str, results: Results) -> dict[str, Any]:
     tested = job.results(f"certify-{job.recipe.compile.target}")["test"]
     if variant == "pair":
-        # an input costs the aggressive network, and the mild one too where it is escalated
-        sizes = {name: deployment.network_results(job, name) for name in NETWORKS}
-        escalated = 1.0 - tested["coverage"]
-        macs = round(sizes["aggressive"]["macs"] + escalated * sizes["mild"]["macs"])
-        params = sizes["aggressive"]["params"] + sizes["mild"]["params"]
+        macs, params = _pair_cost(job, tested["coverage"])
     else:
         macs, params = (deployment.network_results(job, variant)[key] for key in ("macs", "params"))
     measured = [found for found in results.candidates if found.variant == variant]
@@ -67,9 +63,12 @@ def _variant(job: Job, variant: str, results: Results) -> dict[str, Any]:
         "macs": macs,
         "params": params,
         "latency_ms": {
-            found.runtime: interval.value
+            found.runtime: {
+                key: interval.value
+                for key, interval in found.latency_ms.items()
+                if interval is not None
+            }
             for found in measured
-            if (interval := found.latency_ms["p50"]) is not None
         },
         "speedup": {found.runtime: found.speedup.value for found in measured},
         "energy_mj": None
@@ -85,6 +84,16 @@ def _variant(job: Job, variant: str, results: Results) -> dict[str, Any]:
         made["accept_rate"] = tested["coverage"]
         made["replay_accept_rate"] = chosen.accept_rate
     return made
+
+
+def _pair_cost(job: Job, coverage: float) -> tuple[int, int]:
+    """Mean MACs for an input, and parameters: mild alone where nothing may be accepted, else the
+    aggressive network for all and mild too for those that are escalated."""
+    aggressive, mild = (deployment.network_results(job, name) for name in ("aggressive", "mild"))
+    if job.results(f"certify-{job.recipe.compile.target}")["threshold"] is None:
+        return mild["macs"], mild["params"]
+    macs = round(aggressive["macs"] + (1.0 - coverage) * mild["macs"])
+    return macs, aggressive["params"] + mild["params"]
 
 
 def report_input(job: Job) -> dict[str, Any]:
@@ -133,6 +142,17 @@ def _caveats(job: Job, results: Results) -> list[str]:
             "The weights had seen every training image, so that the selector's and the "
             "certificate's images were taken out of the test images; accuracies are on the rest."
         )
+    if job.recipe.model.weights is not None and job.recipe.data.held_out_from == "train":
+        found.append(
+            "The weights came from elsewhere, and the selector's and the certificate's images from "
+            "the training images: the certificate holds only where the weights never saw these."
+        )
+    resumed = [stage["stage"] for stage in _stages(job) if stage["resumed"]]
+    if resumed:
+        found.append(
+            f"Killed and resumed: {', '.join(resumed)}; what these spent before is not counted, "
+            "so that their seconds and joules are lower bounds."
+        )
     return found
 
 
@@ -147,7 +167,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         "accuracy",
         "MACs",
         "parameters",
-        *(f"{runtime} ms" for runtime in runtimes),
+        *(f"{runtime}, mean ms" for runtime in runtimes),
         "mJ an image",
     ):
         table.add_column(heading, justify="right")
@@ -183,7 +203,7 @@ def _latency(found: dict[str, Any], runtime: str) -> str:
     latency = found["latency_ms"].get(runtime)
     if latency is None:
         return "not measured"
-    return f"{latency:.3f} ({found['speedup'][runtime]:.2f}x)"
+    return f"{latency['mean']:.3f} ({found['speedup'][runtime]:.2f}x)"
 
 
 def _energy(energy: dict[str, Any] | None) -> str:

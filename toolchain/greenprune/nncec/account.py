@@ -27,8 +27,9 @@ from greenprune.nncec.factors import Factor, user_supplied
 from greenprune.nncec.ledger import JOULES_PER_KWH, Quantity, Row
 
 TRAINING = "train"
-OBSERVING = ("bench", "account", "report")
+OBSERVING = ("load", "bench", "account", "report")
 """Stages that look at the network and change nothing: in the totals, not in break-even."""
+TRAINED_ELSEWHERE = "training of the supplied weights"
 EQUATIONS = "our reading; NNCEC's own equations are not public"
 
 
@@ -121,6 +122,8 @@ def account(
     )
     kwh = _sum((training, pruning, observing)).scaled(1 / JOULES_PER_KWH)
     unmeasured = tuple(dict.fromkeys(row.stage for row in rows if row.joules is None))
+    if not any(_purpose(row.stage) == "training" for row in rows):
+        unmeasured += (TRAINED_ELSEWHERE,)
     dense = chosen["dense"].energy_mj if "dense" in chosen else None
     life = _Life(factor=factor, pue=pue, inferences=inferences)
     labels = [row.provenance for row in rows] + [
@@ -258,7 +261,9 @@ def break_even(
             reason="no saving is shown: the energy ratio to dense is "
             f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], which is not wholly below 1",
         )
-    missing = [stage for stage in unmeasured if _purpose(stage) == "pruning"]
+    missing = [
+        stage for stage in unmeasured if stage != TRAINED_ELSEWHERE and _purpose(stage) == "pruning"
+    ]
     if missing:
         return BreakEven(
             inferences=None, reason=f"stages without a measurement: {', '.join(missing)}"
