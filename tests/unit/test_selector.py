@@ -292,11 +292,33 @@ def test_tap_shares_the_networks_weights() -> None:
     assert torch.equal(tapped(images)[0], network(images))
 
 
-def test_tap_refuses_a_network_without_a_linear_layer() -> None:
-    convolutional = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def test_tap_pools_what_a_convolution_reads_that_classifies() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU())
+    network = nn.Sequential(body, nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.randn(3, 1, 8, 8)
 
-    with pytest.raises(PruningError, match=r"no nn\.Linear"):
-        tap(convolutional)
+    logits, features = tap(network)(images)
+
+    assert torch.equal(logits, network(images))
+    assert torch.allclose(features, body(images).mean(dim=(2, 3)))
+
+
+class Residual(nn.Module):
+    """Its output is a sum: no one layer is the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("network", [Residual(), nn.Sequential(nn.Flatten(), nn.ReLU())])
+def test_tap_refuses_a_network_without_a_classifier(network: nn.Module) -> None:
+    with pytest.raises(PruningError, match=r"expected an nn\.Linear or nn\.Conv2d"):
+        tap(network)
 
 
 def test_tap_refuses_a_network_that_cannot_be_traced() -> None:
