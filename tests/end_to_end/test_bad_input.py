@@ -116,7 +116,7 @@ def test_arguments(
 
 
 def weights(name: str) -> dict[str, str]:
-    return {"model": f'weights = "{name}"', "data": 'held_out_from = "test"'}
+    return {"model": f'weights = "{name}"', "data": 'held_out_from = "train"'}
 
 
 def missing_weights(folder: Path) -> tuple[dict[str, str], list[str]]:

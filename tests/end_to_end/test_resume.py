@@ -172,9 +172,13 @@ def test_disturbed_run_ends_like_an_undisturbed_one(
         for key in ("accuracy", "macs", "params"):
             assert found[key] == finished.answer["variants"][name][key], (name, key)
     rows = [row.stage for row in ledger.read(run / "ledger.jsonl")]
-    assert sorted(rows) == sorted(
-        row.stage for row in ledger.read(finished.folder / "ledger.jsonl")
-    )
+    whole = [stage for stage in rows if not stage.endswith("-stopped")]
+    assert whole == [row.stage for row in ledger.read(finished.folder / "ledger.jsonl")]
+    # a kill leaves no time to write, and an interrupt may come before a stage measures; the joules
+    # of one that came while it worked are not lost
+    stopped = set(rows) - set(whole)
+    assert "bench-x86-stopped" in stopped
+    assert stopped <= {"finetune-mild-stopped", "bench-x86-stopped"}
 
 
 def test_two_at_once_in_one_run(

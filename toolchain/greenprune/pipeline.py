@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from greenprune.data import Data
 
 STAGE_FILE = "stage.json"
+STAGE_KEYS = {"stage", "inputs_sha256", "needs", "started", "seconds", "energy", "results"}
 RUN_FILE = "run.json"
 LEDGER_FILE = "ledger.jsonl"
 
@@ -107,8 +108,11 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path}: not JSON ({error}); remove {folder} and run again") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: expected an object; remove {folder} and run again")
+    if not isinstance(content, dict) or not content.keys() >= STAGE_KEYS:
+        raise RunError(
+            f"{path}: expected an object with {', '.join(sorted(STAGE_KEYS))}; "
+            f"remove {folder} and run again"
+        )
     return content
 
 
@@ -143,13 +147,14 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
     with storage.storage_errors(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(job.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise RunError(
-            f"{job.folder}: another greenprune is at work in this run; wait for it, "
-            "or choose another --name"
-        ) from None
+    with storage.storage_errors(job.folder):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # an OSError too
+            raise RunError(
+                f"{job.folder}: another greenprune is at work in this run; wait for it, "
+                "or choose another --name"
+            ) from None
     try:
         for place in (job.folder, job.folder / "checkpoints"):
             storage.remove_partial(place)

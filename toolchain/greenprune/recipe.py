@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -284,7 +285,19 @@ def checked(recipe: Recipe) -> Recipe:
     return _resolve_paths(same, Path.cwd())
 
 
+def _refuse_infinite(content: Any, where: str, key: str = "") -> None:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _refuse_infinite(value, where, f"{key}.{name}".removeprefix("."))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            _refuse_infinite(value, where, f"{key}[{index}]")
+    elif isinstance(content, float) and not math.isfinite(content):
+        raise RecipeError(f"{where}: key '{key}': expected a finite number, got {content}")
+
+
 def _check(recipe: Recipe, where: str) -> None:
+    _refuse_infinite(schema.encode(recipe), where)
     mild, aggressive = recipe.prune.mild.macs, recipe.prune.aggressive.macs
     if aggressive >= mild:
         raise RecipeError(

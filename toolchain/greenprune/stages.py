@@ -154,6 +154,8 @@ def preflight(job: Job, network: nn.Module) -> None:
     """
     example, targets = _example(job.data), job.data.train.targets[:2]
     classes = job.data.class_names
+    if len(classes) < 2:
+        raise DataError(f"expected two classes or more, found {len(classes)}: {list(classes)}")
     if targets.dim() != 1 or targets.is_floating_point():
         raise NotAvailableError(
             f"tasks other than classification: expected one integer label an image, found "

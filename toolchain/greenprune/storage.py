@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -98,8 +99,12 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
             if destination.exists():
                 old = destination.with_name(f"{PARTIAL_PREFIX}old-{temporary.name}")
                 destination.replace(old)
-                temporary.replace(destination)
-                shutil.rmtree(old)
+                try:
+                    temporary.replace(destination)
+                except BaseException:
+                    old.replace(destination)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)  # remove_partial takes what is left
             else:
                 temporary.replace(destination)
     except BaseException:
@@ -115,8 +120,10 @@ def _sync_files(folder: Path) -> None:
 
 
 def remove_partial(folder: Path, name: str = "") -> None:
-    """Remove what killed writers of ``name`` (of anything) left in ``folder``."""
-    for path in folder.glob(f"{PARTIAL_PREFIX}{name}*"):
+    """Remove what killed writers of the folder ``name`` (of anything) left in ``folder``."""
+    ours = f"{glob.escape(name)}-" if name else ""
+    old = f"old-{PARTIAL_PREFIX}{ours}"
+    for path in (*folder.glob(f"{PARTIAL_PREFIX}{ours}*"), *folder.glob(f"{PARTIAL_PREFIX}{old}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

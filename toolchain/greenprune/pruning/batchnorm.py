@@ -24,9 +24,11 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # the plain mean over batches
         layer.train()
-    # equal batches: a last one of a single image would weigh as much as the others
-    for batch in images.tensor_split(max(1, len(images) // batch_size)):
-        model(batch)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.eval()
+    try:
+        # equal batches: a last one of a single image would weigh as much as the others
+        for batch in images.tensor_split(max(1, len(images) // batch_size)):
+            model(batch)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        model.eval()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greenprune.errors import PruningError
+from greenprune.pruning.cost import TRANSPOSED, evaluating
 from greenprune.pruning.graph import Analysis, Group
 
 Scores = dict[str, NDArray[np.float64]]
@@ -96,8 +97,11 @@ def _dispersion(
     within_map: dict[str, bool] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            maps = arguments[0].detach().flatten(2) if arguments[0].dim() > 2 else arguments[0]
+        def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            maps = arguments[0].detach()
+            if isinstance(module, nn.Linear):
+                maps = maps.movedim(-1, 1)  # it reads its channels last
+            maps = maps.flatten(2) if maps.dim() > 2 else maps
             within_map[name] = maps.dim() == 3 and maps.shape[2] > 1
             seen[name].append(
                 maps.std(dim=2, correction=0) if within_map[name] else maps.flatten(1)
@@ -107,15 +111,13 @@ def _dispersion(
 
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in images.split(batch_size):
-            model(batch)
+        with evaluating(model):
+            for batch in images.split(batch_size):
+                model(batch)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
 
     spread = {}
     for name in names:
@@ -148,7 +150,10 @@ def _magnitude(model: nn.Module, analysis: Analysis) -> Scores:
     for group in analysis.groups:
         total = np.zeros(group.channels)
         for producer in group.producers:
-            weight = modules[producer.module].get_parameter("weight").detach().double()
+            module = modules[producer.module]
+            weight = module.get_parameter("weight").detach().double()
+            if isinstance(module, TRANSPOSED) and module.groups == 1:
+                weight = weight.transpose(0, 1)  # [in, out, ...]
             energy = weight.flatten(1).square().sum(dim=1).cpu().numpy()
             total += energy[producer.indices].sum(axis=1) / max(energy.sum(), 1e-30)
         scores[group.name] = total
