@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from greenprune import bundle as bundles
 from greenprune import recipe as recipes
 from greenprune import schema, storage
-from greenprune.errors import RecipeError, RunError, StorageError
+from greenprune.errors import MissingPackageError, RecipeError, RunError, StorageError
 from greenprune.harness import Results
 from greenprune.harness import bench as bench
 from greenprune.harness.environment import usable_cores
@@ -46,9 +48,10 @@ def run(
     Raises:
         GreenpruneError: with what was expected, what came and what to do.
     """
-    from greenprune import stages, summary
-
     job = open_job(recipe, overrides=overrides, runs=runs, name=name)
+    from greenprune import deployment, stages, summary
+
+    deployment.runtimes(job)
     _use_threads(job.recipe.threads)
     write_run(job)
     execute(job, stages.of(job.recipe))
@@ -65,9 +68,10 @@ def prune(
     name: str | None = None,
 ) -> dict[str, Any]:
     """The same way as :func:`run`, up to the fine-tuned networks, which are in the run's folder."""
-    from greenprune import stages
-
     job = open_job(recipe, overrides=overrides, runs=runs, name=name)
+    from greenprune import deployment, stages
+
+    deployment.runtimes(job)
     _use_threads(job.recipe.threads)
     write_run(job)
     execute(job, stages.host_stages())
@@ -147,9 +151,10 @@ def export(
         StorageError: ``output`` exists and is not a bundle.
         TargetError, NotAvailableError, ExportError: from the target.
     """
+    job = finished_job(run_folder, runs=runs)
+    _needs_host()
     from greenprune import deployment, stages
 
-    job = finished_job(run_folder, runs=runs)
     asked = {**schema.encode(job.recipe.compile), "target": target, "precision": precision}
     settings = schema.decode(asked, CompileSettings, "--precision", RecipeError)
     job = Job(replace(job.recipe, compile=settings), job.folder)
@@ -166,7 +171,11 @@ def export(
     execute(job, after[: last + 1], finished=trained)
     storage.remove_partial(destination.parent, destination.name)
     with storage.atomic_folder(destination) as folder:
-        shutil.copytree(deployment.bundle_folder(job), folder, dirs_exist_ok=True)
+        made = bundles.open_bundle(deployment.bundle_folder(job))
+        made.verify()
+        for name in (bundles.MANIFEST, *made.manifest.files):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(made.path / name, folder / name)
     return destination
 
 
@@ -174,10 +183,11 @@ def report(
     run_folder: Path | None = None, *, output: Path | None = None, runs: Path = RUNS
 ) -> Path:
     """Write a finished run's report again; by default in the run's folder, as ``report.html``."""
+    job = finished_job(run_folder, runs=runs)
+    _needs_host()
     from greenprune import summary
     from greenprune.nncec.report import write_report
 
-    job = finished_job(run_folder, runs=runs)
     destination = output or job.folder / "report.html"
     write_report(destination, **summary.report_input(job))
     return destination
@@ -198,7 +208,14 @@ def open_job(
     if name is not None:
         recipes.check_name(name, "--name")
         loaded = replace(loaded, name=name)
+    _needs_host()
     return Job(loaded, runs / loaded.name)
+
+
+def _needs_host() -> None:
+    """Raises MissingPackageError: this is the device install, without torch."""
+    if find_spec("torch") is None:
+        raise MissingPackageError("torch", "host")
 
 
 def finished_job(run_folder: Path | None, *, runs: Path = RUNS) -> Job:

@@ -360,7 +360,7 @@ def _write_one(path: Path, content: Path | bytes | NDArray[Any]) -> None:
         path.write_bytes(content)
     else:
         try:
-            np.save(path, content, allow_pickle=False)
+            storage.save_array(path, content)
         except ValueError as error:
             raise BundleError(
                 f"{path.name}: expected an array of plain numbers, got dtype {content.dtype}"

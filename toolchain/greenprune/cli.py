@@ -198,7 +198,12 @@ def export(
     help="How long and how strictly: quick takes seconds, standard about 2 minutes a candidate.",
 )
 @click.option("--meter", default="auto", show_default=True, help="See `greenprune doctor`.")
-@click.option("--threads", type=int, default=0, help="CPU threads; 0 means one for each core.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="CPU threads; 0 means one for each core.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write results as JSON.")
 @as_json
 def bench(
@@ -250,7 +255,12 @@ def report(run: Path | None, output: Path | None, runs: Path, as_json: bool) -> 
 @commands.command(context_settings=CONTEXT)
 @as_json
 def doctor(as_json: bool) -> None:
-    """What this machine can do: runtimes, meters, permissions and how to get them."""
+    """What this machine can do: runtimes, meters, permissions and how to get them.
+
+    \b
+    Example:
+      greenprune doctor --json
+    """
     from greenprune.harness import environment
 
     found = environment.diagnose()
@@ -263,7 +273,12 @@ def doctor(as_json: bool) -> None:
 @commands.command(context_settings=CONTEXT)
 @as_json
 def targets(as_json: bool) -> None:
-    """The targets a bundle can be built for."""
+    """The targets a bundle can be built for.
+
+    \b
+    Example:
+      greenprune targets
+    """
     from greenprune import registry, schema
 
     found = [registry.load_target(name) for name in registry.available_targets()]
@@ -286,7 +301,12 @@ def targets(as_json: bool) -> None:
 @commands.command(context_settings=CONTEXT)
 @as_json
 def recipes(as_json: bool) -> None:
-    """The built-in recipes."""
+    """The built-in recipes.
+
+    \b
+    Example:
+      greenprune recipes
+    """
     from greenprune.recipe import built_in_recipes
 
     found = built_in_recipes()

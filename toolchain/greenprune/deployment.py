@@ -112,7 +112,7 @@ def calibrate(work: Work) -> dict[str, Any]:
         "replay_targets": data.test.targets[replayed].numpy(),
     }
     for name, array in arrays.items():
-        np.save(work.folder / f"{name}.npy", array, allow_pickle=False)
+        storage.save_array(work.folder / f"{name}.npy", array)
     return {name: len(array) for name, array in arrays.items()}
 
 

@@ -356,7 +356,7 @@ def export_graphs(work: Work) -> dict[str, Any]:
     """Three ONNX graphs, each checked against its network."""
     job = work.job
     example = _training_images(job, REFERENCE_IMAGES, seed=job.recipe.seed + 4)
-    np.save(work.folder / "reference_input.npy", example.numpy(), allow_pickle=False)
+    storage.save_array(work.folder / "reference_input.npy", example.numpy())
     networks = {
         "dense": (dense_network(job), ["logits"]),
         "mild": (pruned_network(job, "mild"), ["logits"]),
@@ -366,7 +366,7 @@ def export_graphs(work: Work) -> dict[str, Any]:
     for variant, (network, names) in networks.items():
         path = work.folder / f"{variant}.onnx"
         for name, answer in onnx_export.export_onnx(network, example, path, names).items():
-            np.save(work.folder / f"{variant}_{name}.npy", answer, allow_pickle=False)
+            storage.save_array(work.folder / f"{variant}_{name}.npy", answer)
         sizes[variant] = path.stat().st_size
     return {"bytes": sizes, "opset": onnx_export.OPSET}
 
