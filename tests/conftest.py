@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # a worker for each core already; more threads would wait for each other. Before numpy and torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
+
+# a busy machine is no defect
+settings.register_profile("greenprune", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("greenprune")
 
 CLASSES, SIZE, REFERENCE, REPLAY = 4, 16, 8, 64
 Array = NDArray[np.float32]
