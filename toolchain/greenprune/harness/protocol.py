@@ -177,13 +177,15 @@ def _load(
 def _idle(
     clients: Mapping[Key, Client], preset: Preset, advance: Advance
 ) -> dict[Key, float | None]:
-    """Watts of each candidate while all are loaded and none works."""
+    """Watts of each candidate while all are loaded and none works; None unless measured, as an
+    estimate by CPU time knows no idle power."""
     for client in clients.values():
         client.send("idle", seconds=preset.idle_seconds)
     watts: dict[Key, float | None] = {}
     for key, client in clients.items():
         energy = client.receive(preset.idle_seconds + 60)["energy"]
-        watts[key] = None if energy is None else energy["value"] / energy["seconds"]
+        measured = energy is not None and energy["provenance"].startswith("measured")
+        watts[key] = energy["value"] / energy["seconds"] if measured else None
     advance()
     return watts
 
