@@ -30,8 +30,12 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "the disk is full; free some space and run the same command again"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            # a failed copy names its source, and that is not what is full
+            raise StorageError(
+                f"{path}: cannot be written: the disk is full; free some space and run the same "
+                "command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             advice = "no permission; choose another folder or change its permissions"
         else:
             advice = error.strerror or str(error)
