@@ -195,20 +195,21 @@ def _import(name: str, error: type[GreenpruneError]) -> ModuleType:
 def _load_file(path: Path, error: type[GreenpruneError]) -> ModuleType:
     if not path.is_file():
         raise error(f"{path}: no such file; expected 'path/file.py:function'")
-    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + path.read_bytes()).hexdigest()
+    source = path.read_bytes()
+    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + source).hexdigest()
     name = f"_greenprune_{path.stem}_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
-    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses in the file look their module up
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # its neighbours can be imported, as under 'python file.py'
     try:
-        specification.loader.exec_module(module)
+        # the very text that was hashed: the loader may take older bytecode of the same second
+        exec(compile(source, str(path), "exec"), module.__dict__)
     except Exception as problem:
         del sys.modules[name]
         raise error(
