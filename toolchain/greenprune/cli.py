@@ -226,7 +226,8 @@ def bench(
     else:
         from rich.console import Console
 
-        Console().print(results.table())
+        # a pipe has no width of its own, and 80 columns would break every figure
+        Console(width=None if sys.stdout.isatty() else 140).print(results.table())
     if not results.verdict.valid:
         sys.exit(1)
 
