@@ -180,7 +180,7 @@ def print_summary(summary: dict[str, Any]) -> None:
             *(_latency(found, runtime) for runtime in runtimes),
             _energy(found["energy_mj"]),
         )
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     console.print(table)
     pair = variants["pair"]
     console.print(
