@@ -16,8 +16,10 @@ RESULTS = HERE / "results"
 ARTIFACTS = HERE / "artifacts"
 
 
-def write_result(name: str, *, seed: int, seconds: float, figures: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json`` and return its path."""
+def write_result(
+    name: str, *, seed: int, seconds: float, figures: dict[str, Any], script: str = ""
+) -> Path:
+    """Write ``results/<name>.json`` and return its path; ``script`` where it has another name."""
     machine = describe_environment()
     versions = machine.pop("versions")
     path = RESULTS / f"{name}.json"
@@ -25,7 +27,7 @@ def write_result(name: str, *, seed: int, seconds: float, figures: dict[str, Any
         path,
         {
             "name": name,
-            "command": shlex.join(["python", f"benchmarks/{name}.py", *_arguments()]),
+            "command": shlex.join(["python", f"benchmarks/{script or name}.py", *_arguments()]),
             "machine": machine,
             "versions": versions,
             "seed": seed,

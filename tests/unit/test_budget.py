@@ -213,7 +213,7 @@ def test_a_budget_out_of_reach_says_what_is_reached_and_what_to_do(
         )
 
     message = str(caught.value)
-    assert f"{reached:.1%} stay" in message
+    assert f"{reached:.1%} of the MACs" in message
     assert f"multiples of {multiple}" in message
     assert "lower prune.width_multiple or prune.keep_at_least" in message
 

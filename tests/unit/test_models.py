@@ -10,24 +10,65 @@ from torch import nn
 
 from greenprune import models
 from greenprune.errors import RecipeError, WeightsError
+from greenprune.pruning import surgery
+from greenprune.pruning.cost import Cost, count
+from greenprune.pruning.graph import analyse
 
 
 @pytest.mark.parametrize(
-    ("factory", "channels", "parameters"),
+    ("factory", "channels", "macs", "params"),
     [
-        (models.lenet5, 1, 124_682),
-        (models.vgg16, 3, 14_991_946),
-        (models.resnet20, 3, 269_722),
-        (models.resnet56, 3, 853_018),
-        (models.resnet110, 3, 1_727_962),
+        (models.lenet5, 1, 1_704_832, 124_682),
+        (models.vgg16, 3, 313_463_808, 14_991_946),
+        (models.resnet20, 3, 40_551_040, 269_722),
+        (models.resnet56, 3, 125_485_696, 853_018),
+        (models.resnet110, 3, 252_887_680, 1_727_962),
+        (models.googlenet, 3, 1_521_756_160, 6_166_250),
+        (models.densenet40, 3, 282_917_328, 1_059_298),
+        (models.crnn, 1, 3_818_752, 189_562),
     ],
 )
 def test_built_in_networks_have_their_size(
-    factory: Callable[[], nn.Module], channels: int, parameters: int
+    factory: Callable[[], nn.Module], channels: int, macs: int, params: int
 ) -> None:
+    """Those of VGG-16, ResNet-56, GoogLeNet and DenseNet-40 are HRankPlus's, to the last unit."""
     model = factory().eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert model(torch.zeros(2, channels, 32, 32)).shape == (2, 10)
+    images = torch.zeros(2, channels, 32, 32)
+    assert count(model, images) == Cost(macs=macs, params=params)
+    assert model(images).shape == (2, 10)
+
+
+@pytest.mark.parametrize("factory", [models.googlenet, models.densenet40])
+def test_every_convolution_of_googlenet_and_densenet_can_be_pruned(
+    factory: Callable[[], nn.Module],
+) -> None:
+    model, example = factory(), torch.randn(1, 3, 32, 32)
+    analysis = analyse(model, example)
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert [group.name for group in analysis.groups] == convolutions
+    assert [item.name for item in analysis.frozen] == ["classifier"]
+    removed = {group.name: range(0, group.channels, 4) for group in analysis.groups}
+    assert surgery.prove(model, analysis, example, removed) <= 1e-10
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_crnn_reads_columns_and_is_pruned_in_convolutions_and_units(cell: str, layers: int) -> None:
+    model = models.crnn(convolutions=(4, 6, 8), hidden=10, layers=layers, cell=cell)
+    example = torch.randn(2, 1, 32, 32)
+    analysis = analyse(model, example)
+    widths = {group.name: group.channels for group in analysis.groups}
+    assert widths == {"features.0": 4, "features.4": 6, "features.8": 8, "recurrent": 10}
+    removed = {"features.4": [0], "features.8": [1, 7], "recurrent": [2, 3, 9]}
+    compact = surgery.prune_channels(model, example, removed)
+    assert (compact.recurrent.input_size, compact.recurrent.hidden_size) == (6 * 4, 7)
+    counts = {name: len(gone) for name, gone in removed.items()}
+    assert analysis.predict_cost(counts) == count(compact, example)
+
+
+def test_crnn_refuses_another_cell() -> None:
+    with pytest.raises(WeightsError, match=r"'elman'.*lstm, gru"):
+        models.crnn(cell="elman")
 
 
 def test_option_a_shortcut_thins_and_pads_both_sides() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
-from greenprune import storage
-from greenprune.errors import WeightsError
+from greenprune import onnx_export, storage
+from greenprune.errors import PruningError, WeightsError
 from greenprune.pruning import record, surgery
 from greenprune.pruning.graph import analyse
 
@@ -107,6 +109,64 @@ def test_a_resnet_pruned_twice_comes_back_equal(tmp_path: Path) -> None:
     assert len(record.load_network(tmp_path / "network")[1].surgeries) == 3
 
 
+REBUILD = """
+import sys
+from pathlib import Path
+import torch
+from greenprune.pruning import record
+torch.set_num_threads(1)
+network, described = record.load_network(Path(sys.argv[1]))
+images = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(network(images), sys.argv[3])
+"""
+
+
+def test_a_network_without_blocks_comes_back_in_a_fresh_process(tmp_path: Path) -> None:
+    described = record.NetworkRecord.of("greenprune.models:resnet20", {}, SHAPE)
+    network = built(described)
+    for name in ("layer1.1", "layer3.2"):
+        surgery.remove_block(network, name)
+        described = described.without_blocks(name)
+    network, described = cut(network, described, {"conv1": [3, 4], "layer2.0.conv2": [0, 9]})
+    surgery.add_bias(network, "layer1.0.conv2")
+    network.get_parameter("layer1.0.conv2.bias").data.normal_()
+    described = described.with_biases("layer1.0.conv2")
+    record.save_network(tmp_path / "network", network.eval(), described)
+
+    images = torch.randn(3, *SHAPE)
+    torch.save(images, tmp_path / "images.pt")
+    arguments = [str(tmp_path / name) for name in ("network", "images.pt", "answers.pt")]
+    subprocess.run([sys.executable, "-c", REBUILD, *arguments], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "answers.pt", weights_only=True), network(images))
+
+
+def test_a_network_without_blocks_is_pruned_again_and_exported(tmp_path: Path) -> None:
+    described = record.NetworkRecord.of("greenprune.models:resnet20", {}, SHAPE)
+    network = built(described)
+    surgery.remove_block(network, "layer2.1")
+    described = described.without_blocks("layer2.1")
+    network, described = cut(network, described, {"layer2.0.conv2": [0, 9]})
+    record.save_network(tmp_path / "network", network, described)
+    network, described = record.load_network(tmp_path / "network")
+    assert not any(name.startswith("layer2.1.") for name, _ in network.named_parameters())
+    network, described = cut(network, described, {"conv1": [1], "layer2.2.conv1": [0, 1, 2]})
+    record.save_network(tmp_path / "network", network, described)
+    loaded, read = record.load_network(tmp_path / "network")
+    assert (read.removed_blocks, len(read.surgeries)) == (("layer2.1",), 2)
+    images = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), network.eval()(images))
+    onnx_export.export_onnx(loaded, images, tmp_path / "network.onnx", ["logits"])
+
+
+def test_blocks_go_first(saved: Path) -> None:
+    described = record.load_network(saved)[1]
+    with pytest.raises(PruningError, match="remove the blocks first"):
+        described.without_blocks("2")
+
+
 def test_only_json_and_safetensors_are_written(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == [record.NETWORK, record.WEIGHTS]
     content = json.loads((saved / record.NETWORK).read_text())
@@ -165,6 +225,11 @@ def test_a_damaged_record(saved: Path) -> None:
     content["record"]["surgeries"][0] = {"seven": [0]}
     storage.write_json(path, content)
     with pytest.raises(WeightsError, match="cannot be built again: group 'seven' is unknown"):
+        record.load_network(saved)
+    content["record"]["surgeries"] = []
+    content["record"]["removed_blocks"] = ["2"]
+    storage.write_json(path, content)
+    with pytest.raises(WeightsError, match=r"cannot be built again: .2. .*residual block"):
         record.load_network(saved)
     path.write_text("{")
     with pytest.raises(WeightsError, match="not valid JSON"):

@@ -198,3 +198,47 @@ def test_impossible_requests() -> None:
         sparsity.build(plain(), SMALL, "cbs", -1.0)
     with pytest.raises(TrainingError, match="nothing to penalise"):
         sparsity.build(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), SMALL)
+
+
+@pytest.mark.parametrize("rate", [0.005, 0.05])
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("method", ["cbs", "group"])
+def test_the_share_of_zeros_that_is_wanted_is_met(method: str, target: float, rate: float) -> None:
+    """Exactly, by shrinking: the loss does not jump where the last filters get to zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 8))
+    inputs = torch.randn(256, 8)
+    penalty = sparsity.build(model, inputs, method, target=target)
+    optimizer = sgd(model, rate, 0.9)
+    steps, largest = 300, 0.0
+
+    for number in range(steps):
+        optimizer.zero_grad()
+        (model(inputs) - inputs).square().mean().backward()
+        optimizer.step()
+        before = penalty._comparable_norms().detach()
+        penalty.advance(optimizer, (number + 1) / steps, 1 / steps)
+        penalty.step(optimizer)
+        cut = before - penalty._comparable_norms().detach()
+        largest = max(largest, float(cut.max()) / penalty.aim.start)
+
+    assert penalty.zero_share() == pytest.approx(target)
+    assert penalty.strength == 0.0
+    assert largest < 0.5
+
+
+def test_without_a_target_the_strength_stays() -> None:
+    model = plain()
+    penalty = sparsity.build(model, SMALL, strength=1e-3)
+
+    penalty.advance(sgd(model, 0.1), 0.5, 0.1)
+
+    assert penalty.strength == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("target", "method"), [(0.0, "cbs"), (1.0, "cbs"), (-0.1, "group"), (1.5, "cbs"), (0.5, "l1")]
+)
+def test_a_share_of_zeros_that_cannot_be_is_refused(target: float, method: str) -> None:
+    with pytest.raises(TrainingError, match="above 0 and below 1"):
+        sparsity.build(plain(), SMALL, method, target=target)

@@ -356,16 +356,19 @@ def test_what_cannot_be_followed_is_frozen_with_its_reason() -> None:
         a = torch.softmax(net.a(x), dim=1)
         b = net.b(a) * net.scale
         c = net.norm(net.c(b))
-        return net.head(net.d(c).amax(dim=1, keepdim=True))
+        d = torch.cumsum(net.d(c), 2)
+        return net.head(net.e(d).amax(dim=1, keepdim=True))
 
-    parts = {"a": conv(3, 4), "b": conv(4, 4), "c": conv(4, 4), "d": conv(4, 4), "head": head(1)}
-    net = Net(forward, norm=nn.GroupNorm(2, 4), **parts)
+    parts = {name: conv(4, 4) for name in "bcde"}
+    net = Net(forward, norm=nn.GroupNorm(1, 4), a=conv(3, 4), head=head(1), **parts)
     net.scale = nn.Parameter(torch.ones(1, 4, 1, 1))
     found = frozen(net)
-    assert "(softmax), for which there is no rule" in found["a"]
-    assert "combined by 'mul' with values that are not followed" in found["b"]
-    assert "(GroupNorm)" in found["c"]
-    assert "(amax)" in found["d"]
+    assert found["a"] == "'softmax' is a softmax over the channels"
+    assert found["b"].endswith("not followed: 'scale' is a parameter by itself")
+    assert found["c"] == "'norm' normalises over all channels"
+    assert found["norm"] == "it normalises over all channels"
+    assert found["d"] == "read by 'cumsum' (cumsum), for which there is no rule"
+    assert found["e"] == "'amax' reduces over the channels"
     assert found["head.2"] == "an output of the network"
     assert not analyse(net, torch.randn(IMAGE)).groups
 
@@ -471,11 +474,22 @@ def test_networks_that_cannot_be_traced_or_run() -> None:
 def test_explanation_names_groups_readers_and_reasons() -> None:
     told = surgery.explain(analysed("literal_view")[0], torch.randn(IMAGE))
     text = str(told)
-    assert "b: 6 channels\n    written by b\n    read by out" in text
+    assert "  b: 6 channels, read by out\n" in text
     assert "out: an output of the network" in text
     content = json.loads(json.dumps(told.to_dict()))
     assert [group["name"] for group in content["groups"]] == ["a", "b"]
     assert content["frozen"] == [{"name": "out", "reason": "an output of the network"}]
+
+
+def test_names_that_count_up_are_told_as_one() -> None:
+    names = ["a", *(f"b1.{n}.c2" for n in range(3)), "b1.4.c2", "b2.4.c2", "b3.5.c2", "d9", "d10"]
+    assert surgery.brief(names) == "a, b1.[0-2].c2, b[1-2].4.c2, b3.5.c2, d[9-10]"
+    assert surgery.brief([]) == ""
+
+
+def test_a_single_channel_is_frozen() -> None:
+    found = frozen(nn.Sequential(conv(3, 1), nn.ReLU(), conv(1, 4), head(4)))
+    assert found["0"] == "its channels could only go all at once"
 
 
 def test_unused_channels_can_go() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenprune import bundle as bundles
+from greenprune import processes, schema, storage
 from greenprune import recipe as recipes
-from greenprune import schema, storage
 from greenprune.errors import MissingPackageError, RecipeError, RunError, StorageError
 from greenprune.harness import Results
 from greenprune.harness import bench as bench
@@ -43,7 +43,8 @@ def run(
         name: the run's folder name; the recipe's name by default.
 
     Returns:
-        The summary that ``greenprune run --json`` prints; also ``summary.json`` in the run.
+        The summary that ``greenprune run --json`` prints; also ``summary.json`` in the run. Under
+        torchrun the first process returns it, and the others, which help it to train, ``{}``.
 
     Raises:
         GreenpruneError: with what was expected, what came and what to do.
@@ -55,6 +56,8 @@ def run(
     _use_threads(job.recipe.threads)
     write_run(job)
     execute(job, stages.of(job.recipe))
+    if not processes.is_first():
+        return {}
     made = summary.summarise(job)
     storage.write_json(job.folder / "summary.json", made)
     return made
@@ -75,6 +78,8 @@ def prune(
     _use_threads(job.recipe.threads)
     write_run(job)
     execute(job, stages.host_stages())
+    if not processes.is_first():
+        return {}
     return {
         "run": str(job.folder),
         "variants": {
@@ -105,7 +110,8 @@ def prune_network(
         network: in eval mode, on the CPU.
         images: normalised inputs to score with, float32 [N, C, H, W], N >= 2.
         macs: share of the MACs that may stay.
-        method: ``drp``, ``magnitude`` or ``random``.
+        method: of :func:`greenprune.pruning.scores.measure`; ``taylor`` needs targets and is
+            refused here.
         width_multiple: kept widths are multiples of this.
 
     Raises:
@@ -255,7 +261,7 @@ def _networks_finished(run_folder: Path) -> bool:
 def _use_threads(threads: int) -> None:
     import torch
 
-    torch.set_num_threads(threads or usable_cores())
+    torch.set_num_threads(threads or max(1, usable_cores() // processes.count_here()))
 
 
 __all__ = [

@@ -125,6 +125,8 @@ def run(
     from greenprune import api
 
     summary = api.run(recipe, overrides=overrides, runs=runs, name=name)
+    if not summary:  # under torchrun the first process answers
+        return
     if as_json:
         _print_json(summary)
         return
@@ -147,6 +149,8 @@ def prune(
     from greenprune import api
 
     made = api.prune(recipe, overrides=overrides, runs=runs, name=name)
+    if not made:  # under torchrun the first process answers
+        return
     if as_json:
         _print_json(made)
         return

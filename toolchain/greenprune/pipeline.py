@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from greenprune import schema, storage
+from greenprune import processes, schema, storage
 from greenprune._version import __version__
-from greenprune.errors import MeasurementError, NotAvailableError, RunError
+from greenprune.errors import MeasurementError, RunError
 from greenprune.harness.environment import versions
 from greenprune.meters import Window, label, open_meter
 from greenprune.nncec import ledger
@@ -97,6 +97,8 @@ class Stage:
     """Plain data that the stage's outcome depends on beside what it needs."""
     version: int = 1
     """Raised when the function changes what it makes of the same inputs."""
+    trains: bool = False
+    """Under torchrun all processes do it together; the first alone does the rest."""
 
 
 def read_stage(folder: Path) -> dict[str, Any] | None:
@@ -129,7 +131,7 @@ def is_current(run_folder: Path, stage: str) -> bool:
 
 
 def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> None:
-    """Run every stage that is not complete, in order.
+    """Run every stage that is not complete, in order; under torchrun, on all processes.
 
     Args:
         job: the run.
@@ -140,10 +142,9 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
         RunError: another process is at work in the same run folder.
         GreenpruneError: whatever a stage raises; what is complete stays complete.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise NotAvailableError(
-            "a run under torchrun; use one process (greenprune.training.fit alone runs on many)"
-        )
+    if not processes.is_first():
+        _assist(job, stages)
+        return
     with storage.storage_errors(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(job.folder / ".lock")
@@ -162,7 +163,10 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
         for number, stage in enumerate(stages, start=1):
             hashes[stage.name] = _inputs_hash(job, stage, hashes)
             title = f"[{number}/{len(stages)}] {stage.name}"
-            if _is_complete(job, stage, hashes[stage.name]):
+            complete = _is_complete(job, stage, hashes[stage.name])
+            if stage.trains:
+                processes.agree(complete)
+            if complete:
                 say(f"{title}: complete")
             else:
                 _run_stage(job, stage, hashes, title)
@@ -170,10 +174,20 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
         lock.release()
 
 
+def _assist(job: Job, stages: Sequence[Stage]) -> None:
+    """Train along with the first process; what it publishes is what counts."""
+    for stage in stages:
+        if stage.trains and not processes.agree():
+            with tempfile.TemporaryDirectory() as scratch:
+                work = Work(job=job, folder=Path(scratch), checkpoint=Path(scratch) / "unused")
+                stage.function(work)
+
+
 def write_run(job: Job) -> None:
     """Note the recipe in the run's folder, so that other commands find it there."""
-    content = {"greenprune": __version__, "recipe": schema.encode(job.recipe)}
-    storage.write_json(job.folder / RUN_FILE, content)
+    if processes.is_first():
+        content = {"greenprune": __version__, "recipe": schema.encode(job.recipe)}
+        storage.write_json(job.folder / RUN_FILE, content)
 
 
 def _inputs_of(job: Job, stage: str) -> str:

@@ -90,6 +90,8 @@ class TrainingSettings:
     weight_decay: NonNegative = 5e-4
     warmup_epochs: NonNegative = 0.5
     label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the arithmetic in forward and backward; weights and their updates are float32 always."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,9 @@ class SparsitySettings(TrainingSettings):
 
     method: Literal["cbs", "cbs_l1", "group", "l1"] = "cbs"
     strength: NonNegative = 1e-4
+    zero_share: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
+    """Share of the filters that are to be zero in the end, in place of a strength, which is then
+    found in training (``cbs`` and ``group``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +120,24 @@ class VariantSettings:
 
     macs: Fraction = 0.5
     """Share of the dense network's MACs that may stay."""
+    params: Fraction = 1.0
+    """Share of its parameters that may stay."""
+    rates: dict[str, Annotated[float, Meta(ge=0.0, lt=1.0)]] = field(default_factory=dict)
+    """In place of the two: the share of its channels that each of these groups loses, as papers
+    give them; ``prune.width_multiple = 1`` leaves the widths unrounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings:
     """Which channels go."""
 
-    method: Literal["drp", "magnitude", "random"] = "drp"
-    images: AtLeastOne = 256
+    method: Literal[
+        "drp", "drp_rank", "magnitude", "bn_scale", "taylor", "hrank", "fpgm", "random"
+    ] = "drp"
+    images: AtLeastOne = 1024
+    """To score with, at most: they are added until the order of the channels is stable."""
+    scope: Literal["global", "uniform"] = "global"
+    """The scores decide which layers lose most, or every group loses the same share."""
     width_multiple: AtLeastOne = 8
     """Every width lands on a multiple of this; 1 switches rounding off."""
     keep_at_least: Fraction = 0.2
@@ -299,7 +314,7 @@ def _refuse_infinite(content: Any, where: str, key: str = "") -> None:
 def _check(recipe: Recipe, where: str) -> None:
     _refuse_infinite(schema.encode(recipe), where)
     mild, aggressive = recipe.prune.mild.macs, recipe.prune.aggressive.macs
-    if aggressive >= mild:
+    if aggressive >= mild and not (recipe.prune.mild.rates or recipe.prune.aggressive.rates):
         raise RecipeError(
             f"{where}: prune.aggressive.macs = {aggressive} must be below "
             f"prune.mild.macs = {mild}; the aggressive network is the smaller of the pair"

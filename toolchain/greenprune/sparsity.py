@@ -19,12 +19,15 @@ The step is the (group) soft threshold: exact zeros, which a subgradient never g
 threshold is η λ / (1 − m): under momentum m a steady gradient moves a weight by η / (1 − m) a
 step, so that equal λ mean equal penalties whatever the momentum. A penalised parameter must have
 no weight decay besides (it would be shrunk twice); :func:`greenprune.training.fit` sees to that.
+
+The strength is λ as given, or found while training so that a share of the filters ends at zero:
+see :meth:`Penalty.advance`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, field
+from math import exp, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +38,41 @@ METHODS = ("cbs", "cbs_l1", "group", "l1")
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+RAMP = 0.7
+"""With a target, the filters that are to go are at zero after this share of the training; in the
+rest, what stays recovers without a penalty."""
+GAIN = 20.0
+"""How fast the strength follows: filters that lag by a tenth of their way for a tenth of the
+training multiply it by exp(0.2)."""
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
+@dataclass(kw_only=True)
+class Aim:
+    """How far the way to a target is; goes into checkpoints."""
+
+    start: float = 0.0
+    """Norm of the strongest of the filters that are to go, when training began."""
+    factor: float = 1.0
+    reached: bool = False
+    """The filters are at zero, and stay there."""
+
+
+@dataclass(kw_only=True, eq=False)
 class Penalty:
     """The penalised parameters of one network; made by :func:`build`."""
 
     method: str
     strength: float
+    """λ; with a ``target``, what it is at present."""
+    target: float | None
+    """Share of the filters that are to be zero in the end; None: λ stays as it is."""
     norms: tuple[tuple[Tensor, ...], ...]
     """For each BatchNorm ``(γ,)``, or ``(γ, β)`` where the bias counts, each ``[F]``."""
     layers: tuple[tuple[Tensor, ...], ...]
     """For each layer without one ``(W,)``, or ``(W, b)``; W is ``[F, ...]``, b is ``[F]``."""
+    aim: Aim = field(default_factory=Aim)
+    held: Tensor | None = None
+    """Which filters are held at zero, bool ``[filters]``."""
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -78,6 +105,49 @@ class Penalty:
                 tensor.mul_(factor.view(-1, *[1] * (tensor.ndim - 1)))
 
     @torch.no_grad()
+    def advance(self, optimizer: torch.optim.Optimizer, done: float, step: float) -> None:
+        """With a target, set the strength for the :meth:`step` that follows.
+
+        The filter at the target's quantile of norms is led to zero evenly: the threshold is what
+        it has to lose in each step, times a factor that grows while it lags behind. When it is
+        there, or after ``RAMP`` of the training, those filters are zero and held there, and the
+        others are penalised no more.
+
+        Args:
+            optimizer: the one whose step has just been taken.
+            done: share of the training that is over, in (0, 1].
+            step: share of the training that one step is.
+        """
+        if self.target is None:
+            return
+        aim, norms = self.aim, self._comparable_norms()
+        count = max(1, round(self.target * len(norms)))
+        if self.held is not None:
+            self._zero(self.held)  # the optimiser may have moved them
+            return
+        weakest = norms.topk(count, largest=False)
+        last = float(weakest.values[-1])
+        aim.start = aim.start or last
+        if last == 0 or done >= RAMP:
+            aim.reached = True
+            self.strength = 0.0
+            self.held = torch.zeros_like(norms, dtype=torch.bool)
+            self.held[weakest.indices] = True
+            self._zero(self.held)
+            return
+        lag = last / aim.start - (1 - done / RAMP)
+        aim.factor *= exp(GAIN * lag * step)
+        self.strength = aim.factor * aim.start * step / RAMP / _step_size(optimizer)
+
+    @torch.no_grad()
+    def resume(self, aim: Aim) -> None:
+        """Go on from a checkpoint, when the parameters have been put back."""
+        self.aim = aim
+        if aim.reached:
+            self.strength = 0.0
+            self.held = self._comparable_norms() == 0
+
+    @torch.no_grad()
     def value(self) -> float:
         """The penalty, λ included."""
         if self.method in ("cbs_l1", "l1"):
@@ -95,13 +165,29 @@ class Penalty:
         zero = [_norms(filters) == 0 for filters in (*self.norms, *self.layers)]
         return float(torch.cat(zero).float().mean())
 
+    def _comparable_norms(self) -> Tensor:
+        """``[filters]``: what the threshold has to add up to until each filter is zero."""
+        per_layer = [_norms(filters) / sqrt(_entries(filters)) for filters in self.layers]
+        return torch.cat([*(_norms(filters) for filters in self.norms), *per_layer])
+
+    def _zero(self, filters: Tensor) -> None:
+        """Set the filters of this mask, bool ``[filters]``, to zero."""
+        owners = (*self.norms, *self.layers)
+        for parts, mask in zip(owners, filters.split([len(p[0]) for p in owners]), strict=True):
+            for tensor in parts:
+                tensor[mask] = 0
+
     def _joined_norms(self) -> Tensor:
         """``[F of all BatchNorms]``: one computation for all layers instead of one for each."""
         return _norms([torch.cat(part) for part in zip(*self.norms, strict=True)])
 
 
 def build(
-    model: nn.Module, example_input: Tensor, method: str = "cbs", strength: float = 1e-4
+    model: nn.Module,
+    example_input: Tensor,
+    method: str = "cbs",
+    strength: float = 1e-4,
+    target: float | None = None,
 ) -> Penalty:
     """Find what to penalise in ``model`` by running it once on ``example_input``.
 
@@ -113,15 +199,22 @@ def build(
         model: its state and mode are left as they were.
         example_input: float32 ``[N, C, H, W]``, on the model's device.
         method: one of :data:`METHODS`.
-        strength: λ.
+        strength: λ; without effect where there is a target.
+        target: share of the filters that are to be zero in the end; λ is then found in training.
 
     Raises:
-        TrainingError: an unknown method, a negative strength, or nothing to penalise.
+        TrainingError: an unknown method, a negative strength, a target outside (0, 1) or for a
+            method that brings single weights to zero, or nothing to penalise.
     """
     if method not in METHODS or strength < 0:
         raise TrainingError(
             f"sparsify: expected a method of {', '.join(METHODS)} and a strength of 0 or more, "
             f"found '{method}' and {strength}"
+        )
+    if target is not None and (not 0 < target < 1 or method.endswith("l1")):
+        raise TrainingError(
+            "sparsify: expected a share of zero filters above 0 and below 1, of a method that "
+            f"brings whole filters to zero (cbs, group), found {target} and '{method}'"
         )
     norm_of = _follow(model, example_input)
     with_bias = method.startswith("cbs")
@@ -141,6 +234,7 @@ def build(
     return Penalty(
         method=method,
         strength=strength,
+        target=target,
         norms=tuple(norms.values()),
         layers=tuple(layers.values()),
     )

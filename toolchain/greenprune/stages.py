@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from greenprune import deployment, models, onnx_export, schema, sparsity, storage, training
 from greenprune.adaptive import selector as selecting
 from greenprune.data import Data, Split, normalise
 from greenprune.errors import DataError, NotAvailableError, RecipeError, WeightsError
 from greenprune.pipeline import Job, Stage, Work
-from greenprune.pruning import batchnorm, budget, cost, record, surgery
+from greenprune.pruning import batchnorm, budget, cost, folding, plots, record, surgery
 from greenprune.pruning.graph import Analysis, analyse
-from greenprune.pruning.scores import score
-from greenprune.recipe import Recipe
+from greenprune.pruning.scores import Scores, measure
+from greenprune.recipe import Recipe, VariantSettings
 
 NETWORK = "network"
 PRUNED = ("mild", "aggressive")
 REFERENCE_IMAGES = 16
-BATCHNORM_IMAGES = 1024
+CORRECTION_IMAGES = 1024
 
 
 def host_stages() -> list[Stage]:
     """From the recipe to the fine-tuned networks."""
     return [
-        Stage("train", train, depends=_train_depends),
-        Stage("sparsify", sparsify, needs=("train",), depends=lambda job: _of(job, "sparsify")),
-        Stage("prune", prune, needs=("sparsify",), depends=lambda job: _of(job, "prune")),
+        Stage("train", train, depends=_train_depends, trains=True),
+        Stage(
+            "sparsify",
+            sparsify,
+            needs=("train",),
+            depends=lambda job: _of(job, "sparsify"),
+            trains=True,
+        ),
+        Stage(
+            "prune",
+            prune,
+            needs=("sparsify",),
+            depends=lambda job: _of(job, "prune"),
+            version=2,
+        ),
         *(
             Stage(
                 f"finetune-{variant}",
                 finetune(variant),
                 needs=("train", "prune"),
                 depends=_finetune_depends(variant),
+                trains=True,
             )
             for variant in PRUNED
         ),
@@ -156,6 +171,11 @@ def preflight(job: Job, network: nn.Module) -> None:
     classes = job.data.class_names
     if len(classes) < 2:
         raise DataError(f"expected two classes or more, found {len(classes)}: {list(classes)}")
+    if not len(job.data.development):
+        raise DataError(
+            "the development split is empty, and choices are made on it; set data.development to a "
+            "few hundred images"
+        )
     if targets.dim() != 1 or targets.is_floating_point():
         raise NotAvailableError(
             f"tasks other than classification: expected one integer label an image, found "
@@ -189,17 +209,27 @@ def preflight(job: Job, network: nn.Module) -> None:
 
 def _reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
     """Whether a budget can be reached follows from the network's structure alone."""
-    settings = job.recipe.prune
     analysis = analyse(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in PRUNED:
-        budget.choose(
-            analysis,
-            level,
-            macs=getattr(settings, variant).macs,
-            width_multiple=settings.width_multiple,
-            keep_at_least=settings.keep_at_least,
-        )
+        _choose(job, analysis, level, variant)
+
+
+def _choose(job: Job, analysis: Analysis, scores: Scores, variant: str) -> budget.Removed:
+    """The channels that ``variant`` loses, by its budget or by its rates."""
+    settings = job.recipe.prune
+    own: VariantSettings = getattr(settings, variant)
+    if own.rates:
+        return budget.by_rates(analysis, scores, own.rates, width_multiple=settings.width_multiple)
+    return budget.choose(
+        analysis,
+        scores,
+        macs=own.macs,
+        params=own.params,
+        width_multiple=settings.width_multiple,
+        keep_at_least=settings.keep_at_least,
+        scope=settings.scope,
+    )
 
 
 def sparsify(work: Work) -> dict[str, Any]:
@@ -209,7 +239,9 @@ def sparsify(work: Work) -> dict[str, Any]:
     if settings.epochs == 0:
         record.save_network(work.folder / NETWORK, network, described)
         return {"headline": "left out: sparsify.epochs = 0"}
-    penalty = sparsity.build(network, _example(job.data), settings.method, settings.strength)
+    penalty = sparsity.build(
+        network, _example(job.data), settings.method, settings.strength, settings.zero_share
+    )
     training.fit(
         network,
         job.data,
@@ -235,23 +267,35 @@ def prune(work: Work) -> dict[str, Any]:
     job, settings = work.job, work.job.recipe.prune
     network, described = _load(job, "sparsify")
     analysis = analyse(network, _example(job.data))
-    images = _training_images(job, settings.images, seed=job.recipe.seed + 2)
-    scores = score(network, analysis, images, method=settings.method, seed=job.recipe.seed)
-    storage.write_json(
-        work.folder / "scores.json", {name: values.tolist() for name, values in scores.items()}
+    chosen = _draw(job, settings.images, seed=job.recipe.seed + 2)
+    scoring = measure(
+        network,
+        analysis,
+        normalise(job.data.train.inputs[chosen], job.data.preprocessing),
+        method=settings.method,
+        targets=job.data.train.targets[chosen],
+        loss=_function(job.recipe.task.loss),
+        seed=job.recipe.seed,
     )
     results: dict[str, Any] = {
-        "frozen": [{"name": item.name, "reason": item.reason} for item in analysis.frozen]
+        "images": scoring.images,
+        "frozen": [{"name": item.name, "reason": item.reason} for item in analysis.frozen],
     }
+    cuts = {}
     for variant in PRUNED:
-        removed = budget.choose(
-            analysis,
-            scores,
-            macs=getattr(settings, variant).macs,
-            width_multiple=settings.width_multiple,
-            keep_at_least=settings.keep_at_least,
-        )
-        results[variant] = _cut(work, network, described, analysis, removed, variant)
+        cuts[variant] = _choose(job, analysis, scoring.scores, variant)
+        results[variant] = _cut(work, network, described, analysis, cuts[variant], variant)
+    storage.write_json(
+        work.folder / "scores.json",
+        {
+            "method": settings.method,
+            "images": scoring.images,
+            "stability": scoring.stability,
+            "scores": {name: values.tolist() for name, values in scoring.scores.items()},
+        },
+    )
+    plot = plots.scores_svg(scoring, cuts, settings.method)
+    storage.write_text(work.folder / "scores.svg", plot)
     shares = (f"{name} {results[name]['macs_share']:.1%} of the MACs" for name in PRUNED)
     return {**results, "headline": ", ".join(shares)}
 
@@ -265,9 +309,10 @@ def _cut(
     variant: str,
 ) -> dict[str, Any]:
     job = work.job
-    compact = surgery.prune_channels(network, _example(job.data), removed)
-    batchnorm.reestimate(compact, _training_images(job, BATCHNORM_IMAGES, seed=job.recipe.seed + 3))
-    record.save_network(work.folder / variant, compact, described.pruned(analysis, removed))
+    cut = surgery.prune_channels(network, _example(job.data), removed)
+    compact, gained, tried = _correct(job, cut, network, analysis, removed)
+    pruned = described.pruned(analysis, removed).with_biases(*gained)
+    record.save_network(work.folder / variant, compact, pruned)
     example = _example(job.data)
     counted, dense = cost.count(compact, example), cost.count(network, example)
     return {
@@ -275,17 +320,46 @@ def _cut(
         "params": counted.params,
         "macs_share": counted.macs / dense.macs,
         "params_share": counted.params / dense.params,
-        "development_accuracy": _evaluate(job, compact, job.data.development),
+        "development_accuracy": max(tried.values()),
+        "corrections": tried,
         "widths": budget.widths(analysis, removed),
         "dense_widths": budget.widths(analysis, {}),
     }
 
 
+def _correct(
+    job: Job, cut: nn.Module, network: nn.Module, analysis: Analysis, removed: budget.Removed
+) -> tuple[nn.Module, tuple[str, ...], dict[str, float]]:
+    """Put right what the cut has shifted, in the way that the development split gains from most.
+
+    Returns:
+        The network, the layers that gained a bias, and the accuracy of each way.
+    """
+    images = _training_images(job, CORRECTION_IMAGES, seed=job.recipe.seed + 3)
+    folded = copy.deepcopy(cut)
+    gained = folding.fold_means(folded, network, analysis, removed, images)
+    ways: dict[str, tuple[nn.Module, tuple[str, ...]]] = {"none": (cut, ())}
+    if any(isinstance(module, _BatchNorm) for module in cut.modules()):
+        ways["batchnorm"] = (batchnorm.reestimated(cut, images), ())
+        ways["folded"] = (folded, gained)
+        ways["folded, batchnorm"] = (batchnorm.reestimated(folded, images), gained)
+    else:
+        ways["folded"] = (folded, gained)
+    tried = {way: _evaluate(job, each, job.data.development) for way, (each, _) in ways.items()}
+    best = max(tried, key=tried.__getitem__)  # of equals the first, which changes least
+    return *ways[best], tried
+
+
 def _training_images(job: Job, count: int, *, seed: int) -> Tensor:
     """Some training images, normalised, drawn without replacement."""
-    inputs = job.data.train.inputs
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-    return normalise(inputs[order[:count]], job.data.preprocessing)
+    inputs = job.data.train.inputs[_draw(job, count, seed=seed)]
+    return normalise(inputs, job.data.preprocessing)
+
+
+def _draw(job: Job, count: int, *, seed: int) -> Tensor:
+    """Indices of training images, int64 [at most count]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(job.data.train.inputs), generator=generator)[:count]
 
 
 def finetune(variant: str) -> Any:

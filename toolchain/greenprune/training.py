@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from greenprune import schema, storage
+from greenprune import processes, schema, storage
 from greenprune.bundle import Preprocessing
 from greenprune.data import Data, Split, batches, take
 from greenprune.errors import RecipeError, TrainingError
 from greenprune.progress import Advance, progress
 from greenprune.recipe import DistillationSettings, TrainingSettings
-from greenprune.sparsity import Penalty
+from greenprune.sparsity import Aim, Penalty
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -79,7 +78,8 @@ def fit(
         model: float32; left on the CPU in evaluation mode.
         data: its ``train`` split, preprocessing and augmentation are used. The images of an epoch
             are dealt into batches of (nearly) equal size, at most ``batch_size``; under torchrun
-            the processes share each batch.
+            the processes share each batch, so that losses and weights are those of one process
+            but for rounding, dropout and BatchNorm, which sees each process's part by itself.
         settings: label smoothing applies where ``loss`` is :func:`cross_entropy`; weight decay to
             every parameter without a penalty.
         loss: ``loss(outputs, targets)``, a scalar tensor.
@@ -96,17 +96,17 @@ def fit(
     """
     if teacher is not None and not isinstance(settings, DistillationSettings):
         raise TrainingError("a teacher needs DistillationSettings, found TrainingSettings")
-    fabric = _fabric()
+    fabric = processes.launch(settings.precision)
     key = _key(model, data, settings, seed, loss, teacher, penalty, label)
     networks = [model] if teacher is None else [model, teacher]
     layout = _layout(networks, data, fabric.device)
     optimizer = _optimizer(model, settings, penalty)
     saved = fabric.broadcast(_read_checkpoint(checkpoint, key) if fabric.is_global_zero else None)
-    losses, seconds = _restore(model, optimizer, saved)
+    losses, seconds = _restore(model, optimizer, penalty, saved)
     wrapped, stepper = fabric.setup(model, optimizer)
     if teacher is not None:
         teacher = teacher.to(fabric.device).eval()
-    objective = _objective(settings, loss, teacher)
+    objective = _objective(settings, loss, teacher, fabric.autocast)
     count = _steps(data.train, settings)
     with (
         torch.random.fork_rng(),
@@ -118,7 +118,8 @@ def fit(
             losses.append(run.train(fabric, wrapped, stepper, objective, penalty, advance))
             seconds.append(time.perf_counter() - started)
             if checkpoint is not None and fabric.is_global_zero:
-                _write_checkpoint(checkpoint, key, model, optimizer, losses, seconds)
+                history = History(loss=tuple(losses), seconds=tuple(seconds))
+                _write_checkpoint(checkpoint, key, model, optimizer, penalty, history)
     if fabric.world_size > 1:  # each process has seen other images: the first one's statistics
         for buffer in model.buffers():
             buffer.copy_(fabric.broadcast(buffer))
@@ -149,8 +150,9 @@ class _Epoch:
         """Train through the epoch; returns its mean loss over all processes."""
         data, settings = self.data, self.settings
         order = torch.randperm(len(data.train), generator=self._generator(0))
-        own = self._generator(1 + fabric.global_rank)
-        torch.manual_seed(own.initial_seed())  # dropout draws from the global generator
+        drawn = self._generator(1)
+        # dropout draws from the global generator
+        torch.manual_seed(self._generator(2 + fabric.global_rank).initial_seed())
         model.train()
         count = _steps(data.train, settings)
         total = 0.0
@@ -158,19 +160,22 @@ class _Epoch:
             rate = _learning_rate(self.epoch * count + number, count, settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            indices = together[fabric.global_rank :: fabric.world_size]
-            inputs, targets = fabric.to_device(
-                take(data.train, indices, data.preprocessing, own, data.augmentation)
-            )
+            # all processes draw the whole batch's augmentation: the same as one process would
+            batch = take(data.train, together, data.preprocessing, drawn, data.augmentation)
+            own = [part[fabric.global_rank :: fabric.world_size] for part in batch]
+            share = len(own[1]) * fabric.world_size / len(together)
+            inputs, targets = fabric.to_device(own)
             inputs = inputs.contiguous(memory_format=self.layout)
             optimizer.zero_grad()
             value = objective(inputs, model(inputs), targets)
             found = _finite(value, self.epoch, number, rate)
-            fabric.backward(value)
+            fabric.backward(value * share)  # the mean over processes is the batch's mean
             optimizer.step()
             if penalty is not None:
+                step = 1 / (count * settings.epochs)
+                penalty.advance(optimizer, (self.epoch * count + number + 1) * step, step)
                 penalty.step(optimizer)
-            total += found
+            total += found * share
             advance(1, note=f"epoch {self.epoch + 1}/{settings.epochs}, loss {found:.3f}")
         return float(fabric.all_reduce(torch.tensor(total / count)))  # type: ignore[arg-type]
 
@@ -236,22 +241,6 @@ def evaluate(outputs: Tensor, targets: Tensor, metric: Metric = accuracy) -> Ten
 # The parts of the loop
 
 
-def _fabric() -> Fabric:
-    """One process on one machine, or as many as torchrun started."""
-    from lightning_fabric import Fabric
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fabric = Fabric(
-        accelerator="auto",
-        strategy="ddp" if processes > 1 else "auto",
-        devices=here,
-        num_nodes=processes // here,
-    )
-    fabric.launch()
-    return fabric
-
-
 def _layout(networks: list[nn.Module], data: Data, device: torch.device) -> torch.memory_format:
     """Channels last on CPUs, where it saves a fifth of a step, unless a ``view`` refuses it."""
     if device.type != "cpu" or not len(data.train):
@@ -311,7 +300,10 @@ def _optimizer(
 
 
 def _objective(
-    settings: TrainingSettings, loss: Loss, teacher: nn.Module | None
+    settings: TrainingSettings,
+    loss: Loss,
+    teacher: nn.Module | None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """``objective(inputs, outputs, targets)``, the scalar that is minimised."""
 
@@ -325,8 +317,9 @@ def _objective(
     weight, temperature = settings.distillation, settings.temperature
 
     def distilled(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            taught = F.log_softmax(teacher(inputs) / temperature, dim=1)
+        with torch.no_grad(), autocast():
+            answers = teacher(inputs)
+        taught = F.log_softmax(answers.float() / temperature, dim=1)
         own = F.log_softmax(outputs / temperature, dim=1)
         divergence = F.kl_div(own, taught, reduction="batchmean", log_target=True)
         return (1 - weight) * supervised(outputs, targets) + weight * temperature**2 * divergence
@@ -369,7 +362,7 @@ def _key(
             "seed": seed,
             "loss": f"{loss.__module__}:{loss.__qualname__}",
             "teacher": teacher and _weights_sha256(teacher),
-            "penalty": penalty and (penalty.method, penalty.strength),
+            "penalty": penalty and (penalty.method, penalty.strength, penalty.target),
             "label": label,
         }
     )
@@ -388,8 +381,8 @@ def _write_checkpoint(
     key: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    losses: list[float],
-    seconds: list[float],
+    penalty: Penalty | None,
+    history: History,
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -397,7 +390,12 @@ def _write_checkpoint(
         if buffer is not None:
             tensors[f"momentum.{name}"] = buffer
     copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-    metadata = {"key": key, "losses": json.dumps(losses), "seconds": json.dumps(seconds)}
+    metadata = {
+        "key": key,
+        "losses": json.dumps(history.loss),
+        "seconds": json.dumps(history.seconds),
+        "penalty": json.dumps(penalty and schema.encode(penalty.aim)),
+    }
     storage.write_bytes(path, save(copies, metadata))
 
 
@@ -419,7 +417,10 @@ def _read_checkpoint(path: Path | None, key: str) -> Checkpoint | None:
 
 
 def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Checkpoint | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    penalty: Penalty | None,
+    saved: Checkpoint | None,
 ) -> tuple[list[float], list[float]]:
     """Put a checkpoint back; returns the losses and the seconds of its epochs."""
     if saved is None:
@@ -432,4 +433,6 @@ def _restore(
                 tensors[f"momentum.{name}"]
             )
             optimizer.state[parameter]["momentum_buffer"] = buffer
+    if penalty is not None:
+        penalty.resume(Aim(**json.loads(metadata["penalty"])))
     return json.loads(metadata["losses"]), json.loads(metadata["seconds"])

@@ -17,12 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from greenprune.errors import GreenpruneError, WeightsError
+from greenprune.models.crnn import crnn
+from greenprune.models.densenet import densenet40
+from greenprune.models.googlenet import googlenet
 from greenprune.models.lenet import lenet5
 from greenprune.models.resnet import resnet20, resnet32, resnet44, resnet56, resnet110
 from greenprune.models.vgg import vgg16
 
 __all__ = [
     "build",
+    "crnn",
+    "densenet40",
+    "googlenet",
     "lenet5",
     "load_weights",
     "resnet20",

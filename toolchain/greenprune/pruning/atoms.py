@@ -22,11 +22,13 @@ Atoms = NDArray[np.int64]
 class Channels:
     """The atoms of a tensor: one for each index of dimension ``dim``, int64 [shape[dim]].
 
-    Of a number or a size: all atoms that it may depend on, with ``dim`` -1.
+    Of a number or a size: all atoms that it may depend on, with ``dim`` -1. Of a tuple or a list:
+    likewise, and ``parts`` are the marks of its items.
     """
 
     dim: int
     atoms: Atoms
+    parts: tuple[Mark, ...] = ()
 
 
 class FreezeError(Exception):
@@ -59,6 +61,10 @@ class Axis:
     """A parameter's entries weigh the atoms' values: masking zeroes them."""
 
 
+UNKNOWN = "tied to values that are not followed"
+"""Why channels stay that something unknown goes with."""
+
+
 class Ledger:
     """All that the rules have said about one network."""
 
@@ -74,10 +80,10 @@ class Ledger:
         self.atoms += count
         return np.arange(self.atoms - count, self.atoms, dtype=np.int64)
 
-    def unknown(self, count: int) -> Atoms:
+    def unknown(self, count: int, reason: str = UNKNOWN) -> Atoms:
         """Fresh frozen atoms, for channels of which nothing is known."""
         atoms = self.new(count)
-        self.freeze(atoms, "tied to channels that are not followed")
+        self.freeze(atoms, reason)
         return atoms
 
     def unite(self, left: Atoms, right: Atoms) -> None:
@@ -112,6 +118,13 @@ Mark = Channels | None
 """What is known of a value: its atoms, or nothing."""
 
 
+def together(*parts: Mark) -> Channels:
+    """The mark of a tuple or list of tensors whose marks are ``parts``."""
+    none = np.empty(0, dtype=np.int64)
+    atoms = np.concatenate([none, *(part.atoms for part in parts if part is not None)])
+    return Channels(dim=-1, atoms=atoms, parts=parts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One operation of the traced network, as a rule sees it."""
@@ -125,7 +138,9 @@ class Call:
     ledger: Ledger
     module: nn.Module | None
     name: str
-    """The module's name, or else the graph node's."""
+    """The module's name, or else where in the network the function is called."""
+    why: str = ""
+    """Why nothing is known of an argument, if anything is."""
 
     @property
     def operation(self) -> str:
@@ -134,6 +149,16 @@ class Call:
             return type(self.module).__name__
         target = self.node.target
         return target if isinstance(target, str) else target.__name__
+
+    @property
+    def tied(self) -> str:
+        """Why channels stay that an unknown argument goes with."""
+        known = self.why and not self.why.startswith(UNKNOWN)
+        return f"{UNKNOWN}: {self.why}" if known else self.why or UNKNOWN
+
+    def unknown(self, count: int) -> Atoms:
+        """Fresh frozen atoms, for the channels of an argument of which nothing is known."""
+        return self.ledger.unknown(count, self.tied)
 
     def path(self, index: int, keyword: str) -> tuple[Any, ...]:
         """Where an argument is: by position, or by keyword."""

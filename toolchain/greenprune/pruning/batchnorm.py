@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,3 +34,10 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> None:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         model.eval()
+
+
+def reestimated(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of ``model`` after :func:`reestimate`."""
+    again = copy.deepcopy(model)
+    reestimate(again, images)
+    return again

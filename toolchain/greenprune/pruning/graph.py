@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from greenprune.errors import PruningError
-from greenprune.pruning import rules
-from greenprune.pruning.atoms import Atoms, Axis, Call, Channels, FreezeError, Ledger, Mark
-from greenprune.pruning.cost import RECURRENT, TRANSPOSED, Cost, per_layer
+from greenprune.pruning.atoms import Atoms, Axis, Ledger
+from greenprune.pruning.cost import ATTENTION, RECURRENT, TRANSPOSED, Cost, per_layer
+from greenprune.pruning.walk import Walk, trace
 
 Indices = NDArray[np.int64]
 
@@ -131,11 +131,25 @@ class Analysis:
                     f"group '{name}': expected 0 to {width} channels to remove, got {count}"
                 )
             removed[places[name]] = count
+        macs, params = self.predict_costs(removed[np.newaxis])
+        return Cost(macs=int(macs[0]), params=int(params[0]))
+
+    def predict_costs(self, removed: Indices) -> tuple[Indices, Indices]:
+        """Costs of many choices at once.
+
+        Args:
+            removed: int64 [choices, groups], how many channels each group loses, in the order of
+                ``groups``.
+
+        Returns:
+            MACs and parameters, int64 [choices] each.
+        """
         table = self._cost_table
-        sizes = (table.sizes - table.per_channel @ removed).prod(axis=1)
-        return Cost(
-            macs=int(table.macs @ sizes) + table.fixed_macs, params=int(table.params @ sizes)
-        )
+        # In float64 for BLAS; whole numbers below 2**53 stay exact.
+        gone = np.tensordot(table.per_channel.astype(float), removed.T.astype(float), axes=1)
+        sizes = (table.sizes[:, :, np.newaxis] - gone).prod(axis=1)
+        macs = table.macs.astype(float) @ sizes + table.fixed_macs
+        return macs.astype(np.int64), (table.params.astype(float) @ sizes).astype(np.int64)
 
     @cached_property
     def _cost_table(self) -> _CostTable:
@@ -173,14 +187,23 @@ def _cost_table(analysis: Analysis) -> _CostTable:
     macs = np.zeros(len(rows), dtype=np.int64)
     fixed_macs = 0
     for layer in analysis.layers:
-        weight = f"{layer.module}.weight"
-        if weight in rows:
-            macs[rows[weight]] = layer.macs // (layer.out_width * layer.in_width)
-        else:  # recurrent layers have other names
+        weights = [name for name in rows if _is_weight(name, layer.module)]
+        if not weights:  # computed from other parameters
             fixed_macs += layer.macs
+            continue
+        entries = sum(prod(analysis.shapes[name]) for name in weights)
+        for name in weights:
+            macs[rows[name]] = layer.macs // entries * params[rows[name]]
     return _CostTable(
         sizes=sizes, per_channel=per_channel, params=params, macs=macs, fixed_macs=fixed_macs
     )
+
+
+def _is_weight(parameter: str, module: str) -> bool:
+    """Whether the MACs of ``module`` are those of this parameter; recurrent layers have several."""
+    owner, _, name = parameter.rpartition(".")
+    recurrent = name.startswith(("weight_ih_l", "weight_hh_l", "weight_hr_l"))
+    return owner == module and (name == "weight" or recurrent)
 
 
 def unknown_group(analysis: Analysis, name: str) -> PruningError:
@@ -207,9 +230,9 @@ def analyse(model: nn.Module, example_input: Tensor) -> Analysis:
     _, training_graph = trace(model, training=True)
     same = str(graph) == str(training_graph)
     ledger = Ledger(constants_editable=same)
-    unfollowed: list[Frozen] = []
+    unfollowed: list[tuple[str, str]] = []
     for each in [graph] if same else [graph, training_graph]:
-        walk = _Walk(evaluated, each, ledger)
+        walk = Walk(evaluated, each, ledger)
         try:
             with torch.no_grad():
                 walk.run(example)
@@ -220,130 +243,17 @@ def analyse(model: nn.Module, example_input: Tensor) -> Analysis:
             ) from error
         unfollowed += walk.unfollowed
     groups, frozen = _groups(ledger)
+    frozen += [Frozen(name=name, reason=reason) for name, reason in unfollowed]
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return Analysis(
         groups=groups,
-        frozen=tuple(dict.fromkeys([*frozen, *unfollowed])),
+        frozen=tuple(sorted(dict.fromkeys(frozen), key=lambda item: order[item.name])),
         layers=_layers(evaluated, per_layer(evaluated, example), groups),
         shapes={name: tuple(value.shape) for name, value in evaluated.named_parameters()},
     )
 
 
-def trace(model: nn.Module, *, training: bool) -> tuple[nn.Module, fx.Graph]:
-    """A copy of ``model`` in eval mode and its graph, with branches taken as in the mode asked for.
-
-    Raises:
-        PruningError: torch.fx cannot trace it.
-    """
-    try:
-        traced = copy.deepcopy(model).train(training)
-        graph = fx.Tracer().trace(traced)
-    except Exception as error:
-        raise PruningError(
-            f"{type(model).__name__} cannot be traced: {error}; expected a forward without "
-            "branches or loops that depend on the input's values"
-        ) from error
-    return traced.eval(), graph
-
-
-class _Walk(fx.Interpreter):
-    """Runs a graph node by node, and applies each operation's rule beside it."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph, ledger: Ledger) -> None:
-        super().__init__(model, graph=graph)
-        self.model = model
-        self.ledger = ledger
-        self.marks: dict[fx.Node, Mark] = {}
-        self.called: set[str] = set()
-        self.shared = _modules_that_share_parameters(model)
-        self.unfollowed: list[Frozen] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        result = super().run_node(n)
-        if n.op == "placeholder":
-            self.marks[n] = self._input(result)
-        elif n.op == "output":
-            self._freeze_inputs(n, "an output of the network")
-        elif n.op != "get_attr":
-            self.marks[n] = (
-                self._call(n, args, kwargs, result) if _holds_tensor(result) else self._number(n)
-            )
-        return result
-
-    def _number(self, node: fx.Node) -> Mark:
-        """Sizes, and what is computed from them, may depend on all atoms that went in."""
-        marks = [self.marks.get(source) for source in node.all_input_nodes]
-        atoms = [mark.atoms for mark in marks if mark is not None]
-        return Channels(dim=-1, atoms=np.concatenate(atoms)) if atoms else None
-
-    def _input(self, value: Any) -> Mark:
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return None
-        atoms = self.ledger.new(value.shape[1])
-        self.ledger.freeze(atoms, "tied to the network's input")
-        return Channels(dim=1, atoms=atoms)
-
-    def _call(self, node: fx.Node, args: Any, kwargs: Any, result: Any) -> Mark:
-        name = str(node.target) if node.op == "call_module" else node.name
-        module = self.model.get_submodule(name) if node.op == "call_module" else None
-        call = Call(
-            node=node,
-            args=args,
-            kwargs=kwargs,
-            result=result,
-            marks=self.marks,
-            ledger=self.ledger,
-            module=module,
-            name=name,
-        )
-        try:
-            if module is not None:
-                self._check_unshared(name, module)
-            return rules.apply(call)
-        except FreezeError as error:
-            self._freeze_inputs(node, str(error))
-            if module is not None and any(True for _ in module.parameters()):
-                self.unfollowed.append(Frozen(name=name, reason=str(error)))
-            return None
-
-    def _check_unshared(self, name: str, module: nn.Module) -> None:
-        if module in self.shared:
-            raise FreezeError(f"'{name}' shares a parameter with another layer")
-        again = name in self.called
-        self.called.add(name)
-        own = [axis for axis in self.ledger.axes.values() if _belongs(axis, name)] if again else []
-        if own:
-            reason = f"'{name}' is called more than once"
-            for axis in own:
-                self.ledger.freeze(axis.atoms, reason)
-            raise FreezeError(reason)
-
-    def _freeze_inputs(self, node: fx.Node, reason: str) -> None:
-        for source in node.all_input_nodes:
-            mark = self.marks.get(source)
-            if mark is not None:
-                self.ledger.freeze(mark.atoms, reason)
-
-
-def _belongs(axis: Axis, module: str) -> bool:
-    owner = axis.owner.rpartition(".")[0] if axis.kind == "parameter" else axis.owner
-    return axis.kind != "constant" and owner == module
-
-
-def _modules_that_share_parameters(model: nn.Module) -> set[nn.Module]:
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    return {module for sharing in owners.values() if len(sharing) > 1 for module in sharing}
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(_holds_tensor(item) for item in value)
-    if isinstance(value, dict):
-        return any(_holds_tensor(item) for item in value.values())
-    return isinstance(value, Tensor)
+_ALONE = "its channels could only go all at once"
 
 
 def _groups(ledger: Ledger) -> tuple[tuple[Group, ...], list[Frozen]]:
@@ -379,6 +289,13 @@ def _groups(ledger: Ledger) -> tuple[tuple[Group, ...], list[Frozen]]:
     row = np.full(count, -1)
     for wanted in np.argsort(first):
         members = ordered[family == wanted]
+        if len(members) == 1:
+            frozen += [
+                Frozen(name=axis.owner, reason=_ALONE)
+                for axis in written
+                if members[0] in component[axis.atoms]
+            ]
+            continue
         name = written[layer[members[0]]].owner
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}#{names[name]}"
@@ -463,20 +380,24 @@ def _layers(
     for name, total in macs.items():
         module = model.get_submodule(name)
         if isinstance(module, RECURRENT):
-            out_width, in_width, out_dim, in_dim = module.hidden_size, module.input_size, 0, 1
+            written, read = (f"{name}.weight_hh_l0", 1), (f"{name}.weight_ih_l0", 1)
+            out_width, in_width = module.hidden_size, module.input_size
+        elif isinstance(module, ATTENTION):  # stays whole
+            written = read = ("", 0)
+            out_width = in_width = module.embed_dim
         else:
             out_dim, in_dim = (1, 0) if isinstance(module, TRANSPOSED) else (0, 1)
             shape = getattr(module, "weight").shape  # noqa: B009 (may be computed: no Parameter)
             out_width, in_width = shape[out_dim], shape[in_dim]
-        weight = f"{name}.weight"
+            written, read = (f"{name}.weight", out_dim), (f"{name}.weight", in_dim)
         layers.append(
             LayerCost(
                 module=name,
                 macs=total,
                 out_width=out_width,
                 in_width=in_width,
-                out_groups=taken.get((weight, out_dim), {}),
-                in_groups=taken.get((weight, in_dim), {}),
+                out_groups=taken.get(written, {}),
+                in_groups=taken.get(read, {}),
             )
         )
     return tuple(layers)

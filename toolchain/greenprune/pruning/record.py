@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from greenprune import schema, storage
-from greenprune.errors import GreenpruneError, WeightsError
+from greenprune.errors import GreenpruneError, PruningError, WeightsError
 from greenprune.pruning.graph import Analysis, analyse
-from greenprune.pruning.surgery import Removed, add_bias, compact
+from greenprune.pruning.surgery import Removed, add_bias, compact, remove_block
 
 SCHEMA_VERSION = 1
 NETWORK = "network.json"
@@ -39,6 +39,7 @@ class NetworkRecord:
     surgeries: tuple[Kept, ...] = ()
     """In order; each refers to the groups of the network that the one before it left."""
     removed_blocks: tuple[str, ...] = ()
+    """Residual blocks that went, before all surgeries."""
     added_biases: tuple[str, ...] = ()
     """Modules that gained a bias, after all surgeries."""
 
@@ -67,6 +68,20 @@ class NetworkRecord:
             if len(channels)
         }
         return dataclasses.replace(self, surgeries=(*self.surgeries, kept))
+
+    def without_blocks(self, *names: str) -> NetworkRecord:
+        """The record after :func:`greenprune.pruning.surgery.remove_block` on these blocks.
+
+        Raises:
+            PruningError: channels were removed before, or biases added.
+        """
+        if self.surgeries or self.added_biases:
+            raise PruningError(
+                "expected blocks to go before channels go and biases come, found "
+                f"{len(self.surgeries)} surgeries and {len(self.added_biases)} added biases; "
+                "remove the blocks first"
+            )
+        return dataclasses.replace(self, removed_blocks=(*self.removed_blocks, *names))
 
     def with_biases(self, *modules: str) -> NetworkRecord:
         """The record after :func:`greenprune.pruning.surgery.add_bias` on these modules."""
@@ -192,13 +207,10 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 def _rebuild(folder: Path, record: NetworkRecord) -> nn.Module:
     from greenprune.models import build
 
-    if record.removed_blocks:
-        raise WeightsError(
-            f"{folder / NETWORK}: blocks were removed ({', '.join(record.removed_blocks)}), which "
-            "this version cannot do; use a newer greenprune"
-        )
     try:
         network = build(record.factory, record.arguments)
+        for name in record.removed_blocks:
+            remove_block(network, name)
         example = torch.zeros(1, *record.input_shape)
         for kept in record.surgeries:
             analysis = analyse(network, example)

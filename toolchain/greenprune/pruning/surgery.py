@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from greenprune.errors import ProofError, PruningError
-from greenprune.pruning.cost import evaluating
-from greenprune.pruning.graph import Analysis, Group, Number, analyse, trace, unknown_group
+from greenprune.errors import PruningError
+from greenprune.pruning import proof
+from greenprune.pruning.blocks import prove_blocks, removable_blocks, remove_block
+from greenprune.pruning.graph import Analysis, Group, Number, analyse, unknown_group
+from greenprune.pruning.walk import trace
 
-TOLERANCE = 1e-10
-"""Largest difference that the proof allows, as a share of the largest output (float64)."""
+__all__ = [
+    "Explanation",
+    "Removed",
+    "add_bias",
+    "compact",
+    "explain",
+    "masked",
+    "prove",
+    "prove_blocks",
+    "prune_channels",
+    "removable_blocks",
+    "remove_block",
+]
 
 Removed = Mapping[str, Sequence[int]]
 """Group name to the channels that go."""
@@ -184,72 +198,9 @@ def prove(model: nn.Module, analysis: Analysis, example_input: Tensor, removed: 
         ProofError: they differ by more than ``TOLERANCE``, or one of them fails.
         PruningError: as :func:`prune_channels`.
     """
-    generator = torch.Generator().manual_seed(0)
-    reference = copy.deepcopy(model).double()
-    _move_at_random(reference, generator)
-    example = _random_input(example_input, generator)
-    expected = _outputs(masked(reference, analysis, removed), example)
-    try:
-        found = _outputs(compact(reference, analysis, removed), example)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ProofError(
-            f"the compact network does not run: {error}; remove other channels, and please report "
-            "the operation"
-        ) from error
-    difference = _relative_difference(expected, found)
-    if not difference <= TOLERANCE:
-        raise ProofError(
-            "the compact network does not equal the masked one: relative difference "
-            f"{difference:.3g}, expected at most {TOLERANCE:.0e}; remove other channels, and "
-            "please report the network"
-        )
-    return difference
-
-
-@torch.no_grad()
-def _move_at_random(model: nn.Module, generator: torch.Generator) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_floating_point():
-            continue
-        scale = float(tensor.square().mean().sqrt()) or 0.1
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.add_((0.5 * scale * noise).to(tensor.device))
-        if name.endswith("running_var"):
-            tensor.abs_().add_(0.1 * scale)
-
-
-def _random_input(example_input: Tensor, generator: torch.Generator) -> Tensor:
-    """Two samples; whole numbers (indices of an embedding) are taken as they are."""
-    shape = (2, *example_input.shape[1:])
-    if not example_input.is_floating_point():
-        return example_input[:1].expand(shape)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return noise.to(example_input.device)
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
-    with evaluating(model):
-        return _tensors(model(example.clone()))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def _relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Infinite where shapes differ, NaN where an output is not finite."""
-    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
-        return float("inf")
-    differences = [
-        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
-        for a, b in zip(expected, found, strict=True)
-    ]
-    return float(np.max(differences))
+    reference, example = proof.reference(model, example_input)
+    smaller = compact(reference, analysis, removed)
+    return proof.check_equal(masked(reference, analysis, removed), smaller, example)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,12 +212,20 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{len(self.analysis.groups)} groups of channels can be pruned:"]
         for group in self.analysis.groups:
-            lines.append(f"  {group.name}: {group.channels} channels")
-            lines.append(f"    written by {', '.join(s.module for s in group.producers)}")
-            lines.append(f"    read by {', '.join(s.module for s in group.consumers) or 'nothing'}")
-        lines.append("frozen:")
-        lines += [f"  {item.name}: {item.reason}" for item in self.analysis.frozen]
-        return "\n".join(lines if self.analysis.frozen else lines[:-1])
+            writers = brief([part.module for part in group.producers])
+            readers = brief([part.module for part in group.consumers]) or "nothing"
+            line = f"  {group.name}: {group.channels} channels"
+            if len(group.producers) > 1:
+                lines += [line, f"    written by {writers}", f"    read by {readers}"]
+            else:
+                lines.append(f"{line}, read by {readers}")
+        reasons: dict[str, list[str]] = {}
+        for item in self.analysis.frozen:
+            reasons.setdefault(item.reason, []).append(item.name)
+        if reasons:
+            lines.append("frozen, all channels or some:")
+            lines += [f"  {brief(names)}: {reason}" for reason, names in reasons.items()]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -285,6 +244,29 @@ class Explanation:
             ],
             "frozen": [{"name": item.name, "reason": item.reason} for item in self.analysis.frozen],
         }
+
+
+def brief(names: Sequence[str]) -> str:
+    """Names in a row that count up in one number are written as one: ``layer1.[0-8].conv1``."""
+    shown, place = [], 0
+    while place < len(names):
+        text, count = _run(names[place:])
+        shown.append(text)
+        place += count
+    return ", ".join(shown)
+
+
+def _run(names: Sequence[str]) -> tuple[str, int]:
+    """The longest run that the first name starts, and its length."""
+    text, count = names[0], 1
+    for number in re.finditer(r"\d+", names[0]):
+        before, first, after = names[0][: number.start()], int(number[0]), names[0][number.end() :]
+        length = 1
+        while names[length : length + 1] == [f"{before}{first + length}{after}"]:
+            length += 1
+        if length > count:
+            text, count = f"{before}[{first}-{first + length - 1}]{after}", length
+    return text, count
 
 
 def explain(model: nn.Module, example_input: Tensor) -> Explanation:

@@ -1,0 +1,200 @@
+"""Which criterion should be the default? ResNet-20 on CIFAR-10, pruned by each and fine-tuned.
+
+    python benchmarks/criteria.py --data=DIR --weights=resnet20.th [--epochs=1] [--scope=uniform]
+
+Every criterion cuts the same trained network to at most half of its MACs, in the channels inside
+the blocks and in the residual stream alike, with widths on multiples of 4; then BatchNorm is
+re-estimated and the network fine-tuned for the same epochs, without a teacher. ``--scope=global``
+lets the scores say as well which layers lose most, as greenprune does by default;
+``--scope=uniform`` cuts every group by the same share, so that only the order within a layer
+counts, which is all that HRank and FPGM claim.
+
+5,000 training images are held out of fine-tuning; accuracy on them chooses. (The given weights have
+seen them, as they have seen all training images; the same for every criterion.) The test images
+judge once, after the last epoch, and choose nothing. Seeds draw the calibration images and the
+order of training. One result a criterion and seed is kept under ``--runs``: what is there is not
+run again, and a fine-tuning that was killed goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import write_result
+from torch import nn
+
+from greenprune import data, models, storage, training
+from greenprune.pruning import batchnorm, budget, cost, surgery
+from greenprune.pruning.graph import analyse
+from greenprune.pruning.scores import METHODS, measure
+from greenprune.recipe import TrainingSettings, load
+
+SEEDS = (0, 1, 2)
+DEVELOPMENT = 5000
+IMAGES = 1024
+BATCHNORM_IMAGES = 1024
+MACS = 0.5
+WIDTH_MULTIPLE = 4
+FACTORY = "greenprune.models:resnet20"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--scope", choices=["global", "uniform"], default="global")
+    arguments = parser.parse_args()
+
+    begin = time.monotonic()
+    name = "criteria" if arguments.scope == "global" else "criteria_uniform"
+    folder = arguments.runs / f"{name}-{arguments.epochs}"
+    loaded = load_images(arguments.data, arguments.weights)
+    rows: list[dict[str, Any]] = []
+    todo = [(method, seed) for seed in SEEDS for method in METHODS]
+    for number, (method, seed) in enumerate(todo, start=1):
+        kept = folder / f"{method}-{seed}.json"
+        if not kept.exists():
+            row = run(method, seed, loaded, arguments, folder / f"{method}-{seed}.safetensors")
+            storage.write_json(kept, row)
+        rows.append(json.loads(kept.read_text(encoding="utf-8")))
+        print(
+            f"{number}/{len(todo)} {method} seed {seed}: development "
+            f"{rows[-1]['before']:.4f} -> {rows[-1]['development']:.4f}",
+            flush=True,
+        )
+    figures = {
+        "epochs": arguments.epochs,
+        "scope": arguments.scope,
+        "macs_allowed": MACS,
+        "width_multiple": WIDTH_MULTIPLE,
+        "dense_development": rows[0]["dense_development"],
+        "methods": summarise(rows),
+        "rows": rows,
+    }
+    figures["chosen"] = max(
+        figures["methods"], key=lambda method: figures["methods"][method]["development"]["mean"]
+    )
+    seconds = sum(row["seconds"] for row in rows)
+    print(f"chosen: {figures['chosen']} ({time.monotonic() - begin:.0f} s this time)")
+    print(write_result(name, seed=SEEDS[0], seconds=seconds, figures=figures, script="criteria"))
+
+
+def load_images(folder: Path, weights: Path) -> data.Data:
+    """CIFAR-10 as the built-in recipe has it, with a larger development split."""
+    recipe = load(
+        "resnet56-cifar10",
+        [
+            f'data.path="{folder.resolve()}"',
+            f'model.weights="{weights.resolve()}"',
+            f"data.development={DEVELOPMENT}",
+        ],
+    )
+    return data.load(recipe.data, recipe.seed)
+
+
+def run(
+    method: str, seed: int, loaded: data.Data, arguments: argparse.Namespace, checkpoint: Path
+) -> dict[str, Any]:
+    """Score, cut, re-estimate BatchNorm, fine-tune; accuracies after each."""
+    begin = time.monotonic()
+    dense = models.build(FACTORY, {})
+    models.load_weights(dense, arguments.weights)
+    dense.eval()
+    order = torch.randperm(len(loaded.train), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:BATCHNORM_IMAGES]
+    images = data.normalise(loaded.train.inputs[chosen], loaded.preprocessing)
+    targets = loaded.train.targets[chosen]
+    analysis = analyse(dense, images[:2])
+    scoring_begins = time.monotonic()
+    scoring = measure(
+        dense, analysis, images[:IMAGES], method=method, targets=targets[:IMAGES], seed=seed
+    )
+    scoring_seconds = time.monotonic() - scoring_begins
+    removed = budget.choose(
+        analysis,
+        scoring.scores,
+        macs=MACS,
+        width_multiple=WIDTH_MULTIPLE,
+        scope=arguments.scope,
+    )
+    compact = surgery.prune_channels(dense, images[:2], removed)
+    before = development(compact, loaded)
+    batchnorm.reestimate(compact, images)
+    reestimated = development(compact, loaded)
+    training.fit(
+        compact,
+        loaded,
+        TrainingSettings(
+            epochs=arguments.epochs,
+            batch_size=128,
+            learning_rate=0.05,
+            weight_decay=1e-4,
+            warmup_epochs=0.1,
+            precision="bf16",
+        ),
+        seed=seed,
+        checkpoint=checkpoint,
+        label=f"{method} {seed}",
+    )
+    counted, whole = cost.count(compact, images[:1]), cost.count(dense, images[:1])
+    row = {
+        "method": method,
+        "seed": seed,
+        "before": before,
+        "reestimated": reestimated,
+        "development": development(compact, loaded),
+        "test": test(compact, loaded),
+        "dense_development": development(dense, loaded),
+        "macs": counted.macs / whole.macs,
+        "params": counted.params / whole.params,
+        "images": scoring.images,
+        "scoring_seconds": scoring_seconds,
+        "widths": budget.widths(analysis, removed),
+        "seconds": time.monotonic() - begin,
+    }
+    checkpoint.unlink(missing_ok=True)
+    return row
+
+
+def development(network: nn.Module, loaded: data.Data) -> float:
+    return accuracy(network, loaded, loaded.development)
+
+
+def test(network: nn.Module, loaded: data.Data) -> float:
+    """On all 10,000 test images (the recipe deals them into three splits)."""
+    return accuracy(network, loaded, loaded.selector, loaded.certification, loaded.test)
+
+
+def accuracy(network: nn.Module, loaded: data.Data, *splits: data.Split) -> float:
+    right = [
+        training.accuracy(training.predict(network, split, loaded.preprocessing), split.targets)
+        for split in splits
+    ]
+    return float(torch.cat(right).mean())
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and standard deviation over seeds of each method."""
+    found: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        found[method] = {
+            key: {
+                "mean": float(np.mean([row[key] for row in own])),
+                "deviation": float(np.std([row[key] for row in own], ddof=1)),
+            }
+            for key in ("before", "reestimated", "development", "test", "macs", "params", "images")
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()

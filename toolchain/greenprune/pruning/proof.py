@@ -1,0 +1,93 @@
+"""The proof by a random point: two networks that agree there, to float64's error, are equal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from greenprune.errors import ProofError
+from greenprune.pruning.cost import evaluating
+
+TOLERANCE = 1e-10
+"""Largest difference that the proof allows, as a share of the largest output (float64)."""
+
+
+def reference(model: nn.Module, example_input: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of ``model`` in float64 whose every parameter and statistic was moved at random, so
+    that nothing is zero by luck, and two random samples; whole numbers (indices of an embedding)
+    are taken as they are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    moved = copy.deepcopy(model).double()
+    _move_at_random(moved, generator)
+    shape = (2, *example_input.shape[1:])
+    if not example_input.is_floating_point():
+        return moved, example_input[:1].expand(shape)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return moved, noise.to(example_input.device)
+
+
+@torch.no_grad()
+def _move_at_random(model: nn.Module, generator: torch.Generator) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        scale = max(float(tensor.square().mean().sqrt()), 0.01)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor.add_((0.5 * scale * noise).to(tensor.device))
+        if name.endswith("running_var"):
+            tensor.abs_().add_(0.1 * scale)
+
+
+def check_equal(masked: nn.Module, smaller: nn.Module, example: Tensor) -> float:
+    """Run both in eval mode and return the relative difference of their outputs.
+
+    Raises:
+        ProofError: it is above ``TOLERANCE``, or the smaller network fails.
+    """
+    expected = _outputs(masked, example)
+    try:
+        found = _outputs(smaller, example)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ProofError(
+            f"the compact network does not run: {error}; remove something else, and please report "
+            "the operation"
+        ) from error
+    difference = _relative_difference(expected, found)
+    if not difference <= TOLERANCE:
+        raise ProofError(
+            "the compact network does not equal the masked one: relative difference "
+            f"{difference:.3g}, expected at most {TOLERANCE:.0e}; remove something else, and "
+            "please report the network"
+        )
+    return difference
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
+    with evaluating(model):
+        return _tensors(model(example.clone()))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Infinite where shapes differ, NaN where an output is not finite."""
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return float("inf")
+    differences = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+        for a, b in zip(expected, found, strict=True)
+    ]
+    return float(np.max(differences))
