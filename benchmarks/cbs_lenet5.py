@@ -50,7 +50,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     folder = arguments.runs / "cbs_lenet5"
-    settings = DataSettings(source="mnist", path=str(arguments.data), development=0)
+    settings = DataSettings(
+        source="mnist",
+        path=str(arguments.data),
+        size=(32, 32),
+        development=0,
+        selector=1,
+        certification=1,
+    )
     loaded = data.load(settings, seed=0)
     found = []
     for seed in SEEDS:
@@ -95,7 +102,7 @@ def one_seed(loaded: data.Data, seed: int, folder: Path) -> dict[str, Any]:
         print(
             f"seed {seed} {method} {strength}: {shown['accuracy']:.4f}, "
             f"{shown['zero_share']:.0%} zero, at rate 0.5 "
-            f"{rows[-1 - len(RATES) + RATES.index(0.5) + 1]['cut']:.4f}",
+            f"{rows[RATES.index(0.5) - len(RATES)]['cut']:.4f}",
             flush=True,
         )
     return {
@@ -120,7 +127,7 @@ def cuts(network: nn.Module, loaded: data.Data, images: Tensor) -> list[dict[str
 
 
 def accuracy(network: nn.Module, loaded: data.Data) -> float:
-    """On all 10,000 test images; none is held out of them here."""
+    """On all 10,000 test images."""
     outputs = training.predict(network, loaded.test, loaded.preprocessing)
     return float(training.accuracy(outputs, loaded.test.targets).mean())
 

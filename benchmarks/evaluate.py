@@ -3,7 +3,8 @@
     python benchmarks/evaluate.py NAME --data DIR [--json]
 
 NAME is a folder of ``benchmarks/artifacts``; DIR holds the test images as ``test/<class>/*.png``
-(and ``train/<class>/*.png``, which the loader wants to see too).
+(and ``train/<class>/*.png``, which the loader wants to see too). For the networks on MNIST add
+``--recipe crnn-mnist``; DIR is then the folder that holds ``MNIST/raw``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     network, described = record.load_network(ARTIFACTS / arguments.name)
-    recipe = load(arguments.recipe, [f'data.path="{arguments.data.resolve()}"'])
+    size = list(described.input_shape[1:])
+    overrides = [f'data.path="{arguments.data.resolve()}"', f"data.size={size}"]
+    recipe = load(arguments.recipe, overrides)
     loaded = data.load(recipe.data, recipe.seed)
     parts = [loaded.test]
     if recipe.data.held_out_from == "test":
