@@ -20,7 +20,12 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-INHERITED = {"finetune.aggressive": "finetune.mild", "sparsify": "train", "finetune.mild": "train"}
+INHERITED = {
+    "finetune.aggressive": "finetune.mild",
+    "finetune.mild": "train",
+    "prune.aggressive": "prune.mild",
+    "sparsify": "train",
+}
 """Sections whose shared keys the docs show once."""
 
 

@@ -124,7 +124,7 @@ class VariantSettings:
     """Share of its parameters that may stay."""
     rates: dict[str, Annotated[float, Meta(ge=0.0, lt=1.0)]] = field(default_factory=dict)
     """In place of the two: the share of its channels that each of these groups loses, as papers
-    give them; ``prune.width_multiple = 1`` leaves the widths unrounded."""
+    give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +138,9 @@ class PruneSettings:
     """To score with, at most: they are added until the order of the channels is stable."""
     scope: Literal["global", "uniform"] = "global"
     """The scores decide which layers lose most, or every group loses the same share."""
-    width_multiple: AtLeastOne = 8
-    """Every width lands on a multiple of this; 1 switches rounding off."""
+    width_multiple: AtLeastOne | None = None
+    """Every width lands on a multiple of this; 1 switches rounding off. None: what the target's
+    kernels are blocked for, and 1 where rates are given."""
     keep_at_least: Fraction = 0.2
     """No group of channels goes below this share of its width."""
     mild: VariantSettings = field(default_factory=lambda: VariantSettings(macs=0.6))

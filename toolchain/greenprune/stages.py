@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from greenprune import deployment, models, onnx_export, schema, sparsity, storage, training
+from greenprune import (
+    deployment,
+    models,
+    onnx_export,
+    registry,
+    schema,
+    sparsity,
+    storage,
+    training,
+)
 from greenprune.adaptive import selector as selecting
 from greenprune.data import Data, Split, normalise
 from greenprune.errors import DataError, NotAvailableError, RecipeError, WeightsError
@@ -42,7 +51,7 @@ def host_stages() -> list[Stage]:
             "prune",
             prune,
             needs=("sparsify",),
-            depends=lambda job: _of(job, "prune"),
+            depends=lambda job: [_of(job, "prune"), _width_multiple(job)],
             version=2,
         ),
         *(
@@ -220,16 +229,23 @@ def _choose(job: Job, analysis: Analysis, scores: Scores, variant: str) -> budge
     settings = job.recipe.prune
     own: VariantSettings = getattr(settings, variant)
     if own.rates:
-        return budget.by_rates(analysis, scores, own.rates, width_multiple=settings.width_multiple)
+        multiple = settings.width_multiple or 1
+        return budget.by_rates(analysis, scores, own.rates, width_multiple=multiple)
     return budget.choose(
         analysis,
         scores,
         macs=own.macs,
         params=own.params,
-        width_multiple=settings.width_multiple,
+        width_multiple=_width_multiple(job),
         keep_at_least=settings.keep_at_least,
         scope=settings.scope,
     )
+
+
+def _width_multiple(job: Job) -> int:
+    """What the recipe says, or what the target's kernels are blocked for."""
+    target = registry.load_target(job.recipe.compile.target)
+    return job.recipe.prune.width_multiple or target.capabilities.width_multiple
 
 
 def sparsify(work: Work) -> dict[str, Any]:

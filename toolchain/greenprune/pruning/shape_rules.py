@@ -6,6 +6,7 @@ that they are, whatever is removed.
 
 from __future__ import annotations
 
+import operator
 from math import prod
 from typing import Any, cast
 
@@ -255,8 +256,24 @@ def view(call: Call) -> Mark:
         result = _merged(call, channels)
     except FreezeError:
         result = _divided(call, channels)
+    _check_neighbours(call, result.dim)
     _follow_size(call, result.dim, result.atoms)
     return result
+
+
+def _check_neighbours(call: Call, dim: int) -> None:
+    """A shuffle with one channel a group looks as if the groups were the channels.
+
+    Raises:
+        FreezeError: the size beside the channels is 1, computed, and may be what has to shrink.
+    """
+    if not isinstance(_written_size(call, dim), int):
+        return
+    for beside in {dim - 1, dim + 1} & set(range(1, call.result.dim())):
+        written = _written_size(call, beside)
+        computed = isinstance(written, fx.Node) and written.target is not operator.getitem
+        if call.result.shape[beside] == 1 and (computed or written == -1):
+            raise FreezeError(f"'{call.name}' splits the channels into parts of one channel")
 
 
 def _merged(call: Call, channels: Channels) -> Channels:
@@ -309,10 +326,9 @@ def _shrinking(call: Call, dims: range) -> int:
     """
     computed = []
     for dim in dims:
-        path = _size_path(call, dim)
-        written = call.written(*path) if path else None
+        written = _written_size(call, dim)
         mark = call.mark(written)
-        if written == -1 or (mark is not None and len(mark.atoms)) or path is None:
+        if written in (-1, None) or (mark is not None and len(mark.atoms)):
             computed.append(dim)
     if len(computed) > 1:
         raise FreezeError(f"'{call.name}' splits the channels into computed sizes")
@@ -325,6 +341,12 @@ def _size_path(call: Call, dim: int) -> tuple[Any, ...] | None:
     if isinstance(call.argument(1, "shape"), int):  # x.view(a, b)
         return ("args", 1 + dim)
     return (*path, dim) if isinstance(call.written(*path), list | tuple) else None  # x.view((a, b))
+
+
+def _written_size(call: Call, dim: int) -> Any:
+    """What the code has there: an int, a node of the graph, or None where it has no place."""
+    path = _size_path(call, dim)
+    return call.written(*path) if path else None
 
 
 def _follow_size(call: Call, dim: int, atoms: Atoms) -> None:
