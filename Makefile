@@ -29,4 +29,4 @@ check: setup  ## lint, formatting, types and import contracts
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python benchmarks/readme.py --check
+	$(BIN)/python benchmarks/pages.py --check

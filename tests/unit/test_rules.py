@@ -169,6 +169,13 @@ def test_pieces_of_unequal_size_are_frozen_with_the_reason() -> None:
     assert "pieces of unequal size" in {i.name: i.reason for i in ragged.frozen}["a"]
 
 
+def test_a_shuffle_of_one_channel_a_group_is_frozen() -> None:
+    analysis = analyse(Between(2, shuffle), torch.randn(IMAGE))
+    reasons = {item.name: item.reason for item in analysis.frozen}
+    assert reasons["a"] == "'view' splits the channels into parts of one channel"
+    prove_some(Between(2, shuffle), analysis, 0)
+
+
 def test_stochastic_depth_passes_channels_on() -> None:
     depth = pytest.importorskip("torchvision").ops.StochasticDepth(0.5, "row")
     model = Between(6, depth)

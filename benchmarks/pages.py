@@ -1,52 +1,59 @@
-"""Write the README's tables again from the committed results.
+"""Write the tables of README.md and docs/results.md again from the committed results.
 
-python benchmarks/readme.py            rewrite README.md
-python benchmarks/readme.py --check    exit with 1 where it would change
+python benchmarks/pages.py            rewrite the pages
+python benchmarks/pages.py --check    exit with 1 where they would change
+
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME says which.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from common import HERE, RESULTS
+import pruning_tables
+from common import HERE
+from tables import machine, percent, read, table, validity
 
-README = HERE.parent / "README.md"
+PAGES = ("README.md", "docs/results.md")
+BLOCK = re.compile(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    old = new = README.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        block = f"<!-- begin {name} -->\n\n{table(result)}\n\n<!-- end {name} -->"
-        new, count = re.subn(
-            rf"<!-- begin {name} -->.*<!-- end {name} -->",
-            lambda _, block=block: block,
-            new,
-            flags=re.DOTALL,
-        )
-        if count != 1:
-            sys.exit(f"README.md: expected one block '{name}', found {count}")
-    if arguments.check:
-        sys.exit(old != new)
-    README.write_text(new, encoding="utf-8")
+    changed = []
+    for name in PAGES:
+        path = HERE.parent / name
+        old = path.read_text(encoding="utf-8")
+        new = BLOCK.sub(written, old)
+        if new != old:
+            changed.append(name)
+        if not arguments.check:
+            path.write_text(new, encoding="utf-8")
+    if arguments.check and changed:
+        sys.exit(f"{', '.join(changed)}: not what the results say; run python benchmarks/pages.py")
 
 
-def digits(result: dict[str, Any]) -> str:
+def written(block: re.Match[str]) -> str:
+    name = block[1]
+    found = globals().get(name) or getattr(pruning_tables, name, None)
+    if found is None:
+        sys.exit(f"no table is called '{name}'")
+    return f"<!-- begin {name} -->\n\n{found()}\n\n<!-- end {name} -->"
+
+
+def digits() -> str:
     """Mean ± deviation over three seeds."""
+    result = read("digits")
     figures = result["figures"]
     runtimes = list(figures["variants"]["dense"]["speedup"])
     rows = [
         [
             variant,
-            _percent(found["accuracy"]),
+            percent(found["accuracy"]),
             f"{found['macs']['mean'] / 1e6:.2f} M",
             f"{found['params']['mean']:,.0f}",
             *(f"{found['mean_latency_ms'][runtime]['mean']:.3f}" for runtime in runtimes),
@@ -57,17 +64,18 @@ def digits(result: dict[str, Any]) -> str:
     seconds = sum(figures["run_seconds"]) / len(figures["run_seconds"])
     return "\n".join(
         [
-            _table(["", "accuracy", "MACs", "parameters", *_headings(runtimes)], rows),
+            table(["", "accuracy", "MACs", "parameters", *_headings(runtimes)], rows),
             "",
             f"Mean ± deviation over three seeds; the pair accepts {accepted:.0%} of the test "
-            f"images; {seconds:.0f} s a run on {_machine(result)}. `benchmarks/digits.py`, preset "
-            f"`quick`{_validity(all(figures['bench_valid']))}.",
+            f"images; {seconds:.0f} s a run on {machine(result)}. `benchmarks/digits.py`, preset "
+            f"`quick`{validity(all(figures['bench_valid']))}.",
         ]
     )
 
 
-def resnet56_cifar10(result: dict[str, Any]) -> str:
+def resnet56_cifar10() -> str:
     """One seed, the short schedule."""
+    result = read("resnet56_cifar10")
     figures = result["figures"]
     networks, variants = figures["networks"], figures["on_the_pairs_test_images"]
     runtimes = list(variants["dense"]["latency_ms"])
@@ -89,14 +97,14 @@ def resnet56_cifar10(result: dict[str, Any]) -> str:
     headings = ["", "accuracy, 10,000 images", "accuracy, the pair's 5,000", "MACs", "parameters"]
     return "\n".join(
         [
-            _table([*headings, *_headings(runtimes)], rows),
+            table([*headings, *_headings(runtimes)], rows),
             "",
             f"The certificate: {figures['certificate']['headline']} of the test images. One seed, "
-            f"{figures['run_seconds'] / 60:.0f} minutes on {_machine(result)}; batch 1, two "
+            f"{figures['run_seconds'] / 60:.0f} minutes on {machine(result)}; batch 1, two "
             "threads, speed-ups are paired ratios of mean latency. The checkpoint had seen all "
             "training images, so that the selector and the certificate took 5,000 of the test "
             f"images. `benchmarks/resnet56_cifar10.py`, preset `{figures['bench_preset']}`"
-            f"{_validity(figures['bench_valid'])}.",
+            f"{validity(figures['bench_valid'])}.",
         ]
     )
 
@@ -105,30 +113,6 @@ def _headings(runtimes: list[str]) -> list[str]:
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     return [f"{names.get(runtime, runtime)}, mean ms" for runtime in runtimes]
 
-
-def _percent(spread: dict[str, float]) -> str:
-    return f"{spread['mean'] * 100:.2f} ± {spread['deviation'] * 100:.2f}%"
-
-
-def _machine(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    virtual = ", virtual" if machine["virtual_machine"] else ""
-    return f"{machine['usable_cores']} cores ({machine['cpu']}{virtual})"
-
-
-def _validity(valid: bool) -> str:
-    return "" if valid else ", whose windows varied by more than 5%: an illustration, not a claim"
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "digits": digits,
-    "resnet56_cifar10": resnet56_cifar10,
-}
 
 if __name__ == "__main__":
     main()
