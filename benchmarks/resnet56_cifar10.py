@@ -19,7 +19,7 @@ import onnxruntime
 import torch
 from common import keep_network, write_result
 
-from greenprune import api, stages, training
+from greenprune import api, stage_parts, stages, training
 from greenprune.bundle import VARIANTS
 from greenprune.data import Split, normalise
 from greenprune.pipeline import Job, read_stage
@@ -56,7 +56,7 @@ def main() -> None:
         "bench_valid": summary["valid"],
     }
     for variant, stage in (("mild", "finetune-mild"), ("aggressive", "finetune-aggressive")):
-        keep_network(job.place(stage) / stages.NETWORK, f"resnet56_cifar10_{variant}")
+        keep_network(job.place(stage) / stage_parts.NETWORK, f"resnet56_cifar10_{variant}")
     path = write_result(
         "resnet56_cifar10",
         seed=job.recipe.seed,

@@ -24,6 +24,7 @@ INHERITED = {
     "finetune.aggressive": "finetune.mild",
     "finetune.mild": "train",
     "prune.aggressive": "prune.mild",
+    "prune.gates": "train",
     "sparsify": "train",
 }
 """Sections whose shared keys the docs show once."""

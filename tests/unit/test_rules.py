@@ -323,7 +323,11 @@ class Assembled(nn.Module):
 
 def chunked(x: Tensor, newest: Tensor, number: int) -> Tensor:
     a, b = torch.chunk(x, 2, dim=1)
-    return (a * b, torch.cat((b, a), 1), a, torch.cat((a, torch.relu(b)), 1))[number % 4]
+    if number % 4 == 0:
+        return a * b
+    if number % 4 == 1:
+        return a
+    return torch.cat((b, a) if number % 4 == 2 else (a, torch.relu(b)), 1)
 
 
 def cut(x: Tensor, newest: Tensor, number: int) -> Tensor:

@@ -72,7 +72,7 @@ def prune(
 ) -> dict[str, Any]:
     """The same way as :func:`run`, up to the fine-tuned networks, which are in the run's folder."""
     job = open_job(recipe, overrides=overrides, runs=runs, name=name)
-    from greenprune import deployment, stages
+    from greenprune import deployment, stage_parts, stages
 
     deployment.runtimes(job)
     _use_threads(job.recipe.threads)
@@ -85,7 +85,7 @@ def prune(
         "variants": {
             variant: {
                 **{key: job.results(stage)[key] for key in ("accuracy", "macs", "params")},
-                "network": str(job.place(stage) / stages.NETWORK),
+                "network": str(job.place(stage) / stage_parts.NETWORK),
             }
             for variant, stage in (
                 ("dense", "train"),

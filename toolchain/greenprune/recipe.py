@@ -128,12 +128,28 @@ class VariantSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateTrainingSettings(TrainingSettings):
+    """One-off training with gates; ``epochs`` counts those with gates and those after them."""
+
+    gated_epochs: AtLeastOne = 5
+    """The first epochs, with gates; the static sub-network is trained for the others."""
+    sparsity: NonNegative = 50.0
+    """Weight s of the squared distance from the target."""
+    polarization: NonNegative = 5.0
+    """Weight p of the disagreement between inputs."""
+    blocks: bool = True
+    """Whether residual blocks get gates too, and may be removed whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneSettings:
     """Which channels go."""
 
     method: Literal[
-        "drp", "drp_rank", "magnitude", "bn_scale", "taylor", "hrank", "fpgm", "random"
+        "drp", "drp_rank", "magnitude", "bn_scale", "taylor", "hrank", "fpgm", "random", "gates"
     ] = "drp"
+    """A criterion that scores channels, or ``gates``: one-off training (``prune.gates``) that finds
+    each of the two networks, blocks removed as well, by its ``macs`` alone."""
     images: AtLeastOne = 1024
     """To score with, at most: they are added until the order of the channels is stable."""
     scope: Literal["global", "uniform"] = "global"
@@ -145,6 +161,7 @@ class PruneSettings:
     """No group of channels goes below this share of its width."""
     mild: VariantSettings = field(default_factory=lambda: VariantSettings(macs=0.6))
     aggressive: VariantSettings = field(default_factory=lambda: VariantSettings(macs=0.3))
+    gates: GateTrainingSettings = field(default_factory=GateTrainingSettings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from greenprune import (
     deployment,
     models,
     onnx_export,
-    registry,
+    prune_stage,
     schema,
     sparsity,
     storage,
     training,
 )
+from greenprune import stage_parts as parts
 from greenprune.adaptive import selector as selecting
-from greenprune.data import Data, Split, normalise
 from greenprune.errors import DataError, NotAvailableError, RecipeError, WeightsError
 from greenprune.pipeline import Job, Stage, Work
-from greenprune.pruning import batchnorm, budget, cost, folding, plots, record, surgery
-from greenprune.pruning.graph import Analysis, analyse
-from greenprune.pruning.scores import Scores, measure
-from greenprune.recipe import Recipe, VariantSettings
+from greenprune.pruning import record
+from greenprune.recipe import Recipe
 
-NETWORK = "network"
-PRUNED = ("mild", "aggressive")
 REFERENCE_IMAGES = 16
-CORRECTION_IMAGES = 1024
 
 
 def host_stages() -> list[Stage]:
@@ -49,9 +41,9 @@ def host_stages() -> list[Stage]:
         ),
         Stage(
             "prune",
-            prune,
+            prune_stage.prune,
             needs=("sparsify",),
-            depends=lambda job: [_of(job, "prune"), _width_multiple(job)],
+            depends=lambda job: [_of(job, "prune"), prune_stage.width_multiple(job)],
             version=2,
         ),
         *(
@@ -62,7 +54,7 @@ def host_stages() -> list[Stage]:
                 depends=_finetune_depends(variant),
                 trains=True,
             )
-            for variant in PRUNED
+            for variant in parts.PRUNED
         ),
     ]
 
@@ -101,40 +93,14 @@ def _source_hash(spec: str, error: Any) -> str:
     return "" if spec.startswith("greenprune.") else storage.sha256(source)
 
 
-def _function(spec: str) -> Any:
-    return models.resolve(spec, RecipeError)[0]
-
-
-def _evaluate(job: Job, network: nn.Module, split: Split) -> float:
-    outputs = training.predict(network, split, job.data.preprocessing)
-    return float(_scores(job, outputs, split.targets).mean())
-
-
-def _scores(job: Job, outputs: Tensor, targets: Tensor) -> Tensor:
-    return training.evaluate(outputs, targets, _function(job.recipe.task.metric))
-
-
-def _example(data: Data) -> Tensor:
-    return normalise(data.train.inputs[:2], data.preprocessing)
-
-
-def _load(job: Job, stage: str, name: str = NETWORK) -> tuple[nn.Module, record.NetworkRecord]:
-    return record.load_network(job.place(stage) / name)
-
-
 def dense_network(job: Job) -> nn.Module:
     """The dense network that everything is compared with."""
-    return _load(job, "train")[0]
+    return parts.load(job, "train")[0]
 
 
 def pruned_network(job: Job, variant: str) -> nn.Module:
     """The fine-tuned ``mild`` or ``aggressive`` network."""
-    return _load(job, f"finetune-{variant}")[0]
-
-
-def _described(job: Job, network: nn.Module, accuracy: float) -> dict[str, Any]:
-    counted = cost.count(network, _example(job.data))
-    return {"accuracy": accuracy, "macs": counted.macs, "params": counted.params}
+    return parts.load(job, f"finetune-{variant}")[0]
 
 
 def train(work: Work) -> dict[str, Any]:
@@ -151,15 +117,15 @@ def train(work: Work) -> dict[str, Any]:
             job.data,
             job.recipe.train,
             seed=job.recipe.seed,
-            loss=_function(job.recipe.task.loss),
+            loss=parts.function_of(job.recipe.task.loss),
             checkpoint=work.checkpoint,
             label="train",
         )
     described = record.NetworkRecord.of(
         settings.factory, settings.arguments, tuple(job.data.train.inputs.shape[1:])
     )
-    record.save_network(work.folder / NETWORK, network, described)
-    results = _described(job, network, _evaluate(job, network, job.data.test))
+    record.save_network(work.folder / parts.NETWORK, network, described)
+    results = parts.described(job, network, parts.evaluate(job, network, job.data.test))
     return {
         **results,
         "counted_as": "load" if settings.weights else "train",
@@ -176,7 +142,7 @@ def preflight(job: Job, network: nn.Module) -> None:
         PruningError: the network cannot be traced, or a budget is out of reach.
         NotAvailableError: the task is not a classification.
     """
-    example, targets = _example(job.data), job.data.train.targets[:2]
+    example, targets = parts.example_of(job.data), job.data.train.targets[:2]
     classes = job.data.class_names
     if len(classes) < 2:
         raise DataError(f"expected two classes or more, found {len(classes)}: {list(classes)}")
@@ -206,70 +172,38 @@ def preflight(job: Job, network: nn.Module) -> None:
             "model.arguments"
         )
     try:
-        _function(job.recipe.task.loss)(outputs, targets)
+        parts.function_of(job.recipe.task.loss)(outputs, targets)
     except Exception as error:
         raise RecipeError(
             f"task.loss failed on a batch of 2: {error!r}; change the loss"
         ) from error
-    _scores(job, outputs, targets)
+    parts.scores_of(job, outputs, targets)
     selecting.tap(network)
-    _reach_budgets(job, network, example)
-
-
-def _reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
-    """Whether a budget can be reached follows from the network's structure alone."""
-    analysis = analyse(network, example)
-    level = {group.name: np.ones(group.channels) for group in analysis.groups}
-    for variant in PRUNED:
-        _choose(job, analysis, level, variant)
-
-
-def _choose(job: Job, analysis: Analysis, scores: Scores, variant: str) -> budget.Removed:
-    """The channels that ``variant`` loses, by its budget or by its rates."""
-    settings = job.recipe.prune
-    own: VariantSettings = getattr(settings, variant)
-    if own.rates:
-        multiple = settings.width_multiple or 1
-        return budget.by_rates(analysis, scores, own.rates, width_multiple=multiple)
-    return budget.choose(
-        analysis,
-        scores,
-        macs=own.macs,
-        params=own.params,
-        width_multiple=_width_multiple(job),
-        keep_at_least=settings.keep_at_least,
-        scope=settings.scope,
-    )
-
-
-def _width_multiple(job: Job) -> int:
-    """What the recipe says, or what the target's kernels are blocked for."""
-    target = registry.load_target(job.recipe.compile.target)
-    return job.recipe.prune.width_multiple or target.capabilities.width_multiple
+    prune_stage.reach_budgets(job, network, example)
 
 
 def sparsify(work: Work) -> dict[str, Any]:
     """Train on with CBS, so that filters and their biases reach zero together."""
     job, settings = work.job, work.job.recipe.sparsify
-    network, described = _load(job, "train")
+    network, described = parts.load(job, "train")
     if settings.epochs == 0:
-        record.save_network(work.folder / NETWORK, network, described)
+        record.save_network(work.folder / parts.NETWORK, network, described)
         return {"headline": "left out: sparsify.epochs = 0"}
     penalty = sparsity.build(
-        network, _example(job.data), settings.method, settings.strength, settings.zero_share
+        network, parts.example_of(job.data), settings.method, settings.strength, settings.zero_share
     )
     training.fit(
         network,
         job.data,
         settings,
         seed=job.recipe.seed + 1,
-        loss=_function(job.recipe.task.loss),
+        loss=parts.function_of(job.recipe.task.loss),
         penalty=penalty,
         checkpoint=work.checkpoint,
         label="sparsify",
     )
-    record.save_network(work.folder / NETWORK, network, described)
-    accuracy = _evaluate(job, network, job.data.development)
+    record.save_network(work.folder / parts.NETWORK, network, described)
+    accuracy = parts.evaluate(job, network, job.data.development)
     share = penalty.zero_share()
     return {
         "development_accuracy": accuracy,
@@ -278,125 +212,25 @@ def sparsify(work: Work) -> dict[str, Any]:
     }
 
 
-def prune(work: Work) -> dict[str, Any]:
-    """Score once, cut twice: the mild and the aggressive network, each proved."""
-    job, settings = work.job, work.job.recipe.prune
-    network, described = _load(job, "sparsify")
-    analysis = analyse(network, _example(job.data))
-    chosen = _draw(job, settings.images, seed=job.recipe.seed + 2)
-    scoring = measure(
-        network,
-        analysis,
-        normalise(job.data.train.inputs[chosen], job.data.preprocessing),
-        method=settings.method,
-        targets=job.data.train.targets[chosen],
-        loss=_function(job.recipe.task.loss),
-        seed=job.recipe.seed,
-    )
-    results: dict[str, Any] = {
-        "images": scoring.images,
-        "frozen": [{"name": item.name, "reason": item.reason} for item in analysis.frozen],
-    }
-    cuts = {}
-    for variant in PRUNED:
-        cuts[variant] = _choose(job, analysis, scoring.scores, variant)
-        results[variant] = _cut(work, network, described, analysis, cuts[variant], variant)
-    storage.write_json(
-        work.folder / "scores.json",
-        {
-            "method": settings.method,
-            "images": scoring.images,
-            "stability": scoring.stability,
-            "scores": {name: values.tolist() for name, values in scoring.scores.items()},
-        },
-    )
-    plot = plots.scores_svg(scoring, cuts, settings.method)
-    storage.write_text(work.folder / "scores.svg", plot)
-    shares = (f"{name} {results[name]['macs_share']:.1%} of the MACs" for name in PRUNED)
-    return {**results, "headline": ", ".join(shares)}
-
-
-def _cut(
-    work: Work,
-    network: nn.Module,
-    described: record.NetworkRecord,
-    analysis: Analysis,
-    removed: budget.Removed,
-    variant: str,
-) -> dict[str, Any]:
-    job = work.job
-    cut = surgery.prune_channels(network, _example(job.data), removed)
-    compact, gained, tried = _correct(job, cut, network, analysis, removed)
-    pruned = described.pruned(analysis, removed).with_biases(*gained)
-    record.save_network(work.folder / variant, compact, pruned)
-    example = _example(job.data)
-    counted, dense = cost.count(compact, example), cost.count(network, example)
-    return {
-        "macs": counted.macs,
-        "params": counted.params,
-        "macs_share": counted.macs / dense.macs,
-        "params_share": counted.params / dense.params,
-        "development_accuracy": max(tried.values()),
-        "corrections": tried,
-        "widths": budget.widths(analysis, removed),
-        "dense_widths": budget.widths(analysis, {}),
-    }
-
-
-def _correct(
-    job: Job, cut: nn.Module, network: nn.Module, analysis: Analysis, removed: budget.Removed
-) -> tuple[nn.Module, tuple[str, ...], dict[str, float]]:
-    """Put right what the cut has shifted, in the way that the development split gains from most.
-
-    Returns:
-        The network, the layers that gained a bias, and the accuracy of each way.
-    """
-    images = _training_images(job, CORRECTION_IMAGES, seed=job.recipe.seed + 3)
-    folded = copy.deepcopy(cut)
-    gained = folding.fold_means(folded, network, analysis, removed, images)
-    ways: dict[str, tuple[nn.Module, tuple[str, ...]]] = {"none": (cut, ())}
-    if any(isinstance(module, _BatchNorm) for module in cut.modules()):
-        ways["batchnorm"] = (batchnorm.reestimated(cut, images), ())
-        ways["folded"] = (folded, gained)
-        ways["folded, batchnorm"] = (batchnorm.reestimated(folded, images), gained)
-    else:
-        ways["folded"] = (folded, gained)
-    tried = {way: _evaluate(job, each, job.data.development) for way, (each, _) in ways.items()}
-    best = max(tried, key=tried.__getitem__)  # of equals the first, which changes least
-    return *ways[best], tried
-
-
-def _training_images(job: Job, count: int, *, seed: int) -> Tensor:
-    """Some training images, normalised, drawn without replacement."""
-    inputs = job.data.train.inputs[_draw(job, count, seed=seed)]
-    return normalise(inputs, job.data.preprocessing)
-
-
-def _draw(job: Job, count: int, *, seed: int) -> Tensor:
-    """Indices of training images, int64 [at most count]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(job.data.train.inputs), generator=generator)[:count]
-
-
 def finetune(variant: str) -> Any:
     """The stage function that fine-tunes ``variant``, taught by the dense network."""
 
     def work_on(work: Work) -> dict[str, Any]:
         job = work.job
         settings = getattr(job.recipe.finetune, variant)
-        network, described = _load(job, "prune", variant)
+        network, described = parts.load(job, "prune", variant)
         training.fit(
             network,
             job.data,
             settings,
-            seed=job.recipe.seed + 10 + PRUNED.index(variant),
-            loss=_function(job.recipe.task.loss),
+            seed=job.recipe.seed + 10 + parts.PRUNED.index(variant),
+            loss=parts.function_of(job.recipe.task.loss),
             teacher=dense_network(job),
             checkpoint=work.checkpoint,
             label=f"fine-tune {variant}",
         )
-        record.save_network(work.folder / NETWORK, network, described)
-        results = _described(job, network, _evaluate(job, network, job.data.test))
+        record.save_network(work.folder / parts.NETWORK, network, described)
+        results = parts.described(job, network, parts.evaluate(job, network, job.data.test))
         return {**results, "headline": f"accuracy {results['accuracy']:.2%}"}
 
     return work_on
@@ -411,8 +245,8 @@ def train_selector(work: Work) -> dict[str, Any]:
     result = selecting.train(
         features,
         logits,
-        _scores(job, mild, split.targets),
-        _scores(job, logits, split.targets),
+        parts.scores_of(job, mild, split.targets),
+        parts.scores_of(job, logits, split.targets),
         job.recipe.selector,
         seed=job.recipe.seed + 20,
     )
@@ -445,7 +279,7 @@ def scored_network(job: Job) -> nn.Module:
 def export_graphs(work: Work) -> dict[str, Any]:
     """Three ONNX graphs, each checked against its network."""
     job = work.job
-    example = _training_images(job, REFERENCE_IMAGES, seed=job.recipe.seed + 4)
+    example = parts.training_images(job, REFERENCE_IMAGES, seed=job.recipe.seed + 4)
     storage.save_array(work.folder / "reference_input.npy", example.numpy())
     networks = {
         "dense": (dense_network(job), ["logits"]),
