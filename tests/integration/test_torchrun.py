@@ -23,7 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 from greenprune import data, models, training  # noqa: E402
 from greenprune.recipe import DataSettings, TrainingSettings  # noqa: E402
 
-SETTINGS = TrainingSettings(epochs=2, batch_size=50, learning_rate=0.02, warmup_epochs=0.5)
+SETTINGS = TrainingSettings(epochs=2, batch_size=50, learning_rate=0.005, warmup_epochs=0.5)
 LIMIT_SECONDS = 240
 
 
@@ -129,7 +129,7 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_last_epoch(tmp_path: Path
     line = torchrun("--no-python", command, "prune", "--json", "--runs", tmp_path, "--name", "both")
     for override in (
         "threads=1",
-        "train.epochs=40",
+        "train.epochs=12",
         "sparsify.epochs=1",
         "finetune.mild.epochs=1",
         "finetune.aggressive.epochs=1",
