@@ -134,3 +134,30 @@ def corrections() -> str:
         "seeds. `benchmarks/corrections.py`."
     )
     return "\n".join([table(headings, rows), "", note])
+
+
+def surgery() -> str:
+    """The same networks through greenprune and through torch-pruning."""
+    figures = read("surgery")["figures"]
+    rows = [
+        [name, *_cut(found["greenprune"]), *_cut(found["torch_pruning"])]
+        for name, found in figures["networks"].items()
+    ]
+    headings = ["network", "greenprune: runs", "equals its mask", "torch-pruning: runs"]
+    note = (
+        f"Every group at {figures['rate']:.0%}, random weights; the difference is the largest "
+        "between the compact and the masked network, relative, in float64. 'no mask': it cuts free "
+        "parameters, for which no mask could be built. `benchmarks/surgery.py`, torch-pruning "
+        f"{figures['torch_pruning']}."
+    )
+    return "\n".join([table([*headings, "equals its mask"], rows), "", note])
+
+
+def _cut(found: dict[str, Any]) -> list[str]:
+    if "error" in found:
+        return [f"not pruned: {found['error'].split(':')[0]}", ""]
+    if found["runs"] is not True:
+        return [f"no: {str(found['runs']).split(':')[0]}", ""]
+    if found["difference"] is None:
+        return ["yes", "no mask"]
+    return ["yes", f"{'yes' if found['equal'] else 'no'} ({found['difference']:.0e})"]
