@@ -116,11 +116,20 @@ def test_two_processes_have_the_losses_and_the_weights_of_one(
 
     found = [torch.load(together / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
-    assert found[0]["losses"] == pytest.approx(losses, rel=3e-5)
+    # rounding grows from step to step: the first epoch shows that it is the same computation
+    assert found[0]["losses"][0] == pytest.approx(losses[0], rel=1e-5)
+    assert found[0]["losses"] == pytest.approx(losses, rel=1e-3)
     assert found[1]["losses"] == found[0]["losses"]
     for key, value in state.items():
         torch.testing.assert_close(found[0]["state"][key], value, rtol=1e-2, atol=1e-3)
         assert torch.equal(found[0]["state"][key], found[1]["state"][key]), key
+
+
+def test_a_batchnorm_over_the_whole_batch_would_be_noticed() -> None:
+    """The comparison above can tell the two apart."""
+    whole, sharded = fitted(normed())[0], fitted(normed(ShardedNorm))[0]
+
+    assert whole[0] != pytest.approx(sharded[0], rel=5e-5)
 
 
 def test_a_run_whose_worker_is_killed_goes_on_from_its_last_epoch(tmp_path: Path) -> None:
