@@ -240,5 +240,29 @@ def test_without_a_target_the_strength_stays() -> None:
     ("target", "method"), [(0.0, "cbs"), (1.0, "cbs"), (-0.1, "group"), (1.5, "cbs"), (0.5, "l1")]
 )
 def test_a_share_of_zeros_that_cannot_be_is_refused(target: float, method: str) -> None:
-    with pytest.raises(TrainingError, match="above 0 and below 1"):
+    with pytest.raises(TrainingError, match=r"above 0 and at most 0\.8"):
         sparsity.build(plain(), SMALL, method, target=target)
+
+
+def test_no_layer_goes_whole_and_scales_of_other_sizes_do_not_decide() -> None:
+    """A BatchNorm's scales are near one, a linear layer's weights are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4),
+    )  # fmt: skip
+    images, targets = torch.randn(64, 1, 8, 8), torch.randint(0, 4, (64,))
+    penalty = sparsity.build(model, images[:1], target=0.6)
+    optimizer = sgd(model, 0.02, 0.9)
+
+    for number in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        penalty.advance(optimizer, (number + 1) / 100, 0.01)
+        penalty.step(optimizer)
+
+    zeros = [float((model[1].weight == 0).float().mean())]
+    zeros.append(float((model[5].weight == 0).all(dim=1).float().mean()))
+    assert all(0.2 < share <= 0.8 for share in zeros), zeros
+    assert penalty.zero_share() == pytest.approx(0.6, abs=0.02)

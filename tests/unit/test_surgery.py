@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from greenprune.errors import ProofError, PruningError
 from greenprune.models import lenet5, resnet20
 from greenprune.pruning import cost, surgery
 from greenprune.pruning.graph import Analysis, Group, Slice, analyse
+from greenprune.pruning.scores import score
 
 IMAGE = (1, 3, 8, 8)
 
@@ -516,3 +518,59 @@ def test_add_bias() -> None:
     for name in ("layer1.0.conv2", "layer1.0.bn1", "nowhere"):
         with pytest.raises(PruningError, match="without bias"):
             surgery.add_bias(model, name)
+
+
+class Attributes(nn.Module):
+    """Its code reads numbers from modules' attributes, and it has a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 3, padding=1)
+        self.out = nn.Linear(6 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu() * self.scale
+        x = self.second(x.view(-1, self.second.in_channels, 6, 6)).relu()
+        return self.out(x.view(-1, self.out.in_features))  # type: ignore[no-any-return]
+
+
+def test_numbers_that_the_code_reads_from_attributes_shrink_once() -> None:
+    network, images = Attributes().eval(), torch.randn(2, 3, 6, 6)
+
+    compact = surgery.prune_channels(network, images, {"first": [0, 5], "second": [1]})
+
+    assert compact(images).shape == (2, 5)
+    analysis = analyse(network, images)
+    assert cost.count(compact, images) == analysis.predict_cost({"first": 2, "second": 1})
+    assert "unused" in compact.state_dict()
+    assert "scale" in compact.state_dict()
+
+
+class Auxiliary(nn.Module):
+    """A second head that is there in training alone, as GoogLeNet's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 3, padding=1)
+        self.out = nn.Linear(6, 5)
+        self.aside = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x).relu()
+        y = self.out(self.second(x).relu().mean((2, 3)))
+        return (y, self.aside(x.mean((2, 3)))) if self.training else y
+
+
+@pytest.mark.parametrize("method", ["drp", "drp_rank", "taylor", "hrank", "magnitude"])
+def test_a_head_of_training_alone_is_cut_along_and_not_scored(method: str) -> None:
+    network, images = Auxiliary().eval(), torch.randn(4, 3, 6, 6)
+    analysis = analyse(network, images)
+
+    found = score(network, analysis, images, method=method, targets=torch.arange(4))
+
+    compact = surgery.prune_channels(network, images, {"first": [int(found["first"].argmin())]})
+    assert compact.train()(images)[1].shape == (4, 5)

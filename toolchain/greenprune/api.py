@@ -16,7 +16,7 @@ from greenprune.errors import MissingPackageError, RecipeError, RunError, Storag
 from greenprune.harness import Results
 from greenprune.harness import bench as bench
 from greenprune.harness.environment import usable_cores
-from greenprune.pipeline import RUN_FILE, Job, execute, is_current, write_run
+from greenprune.pipeline import RUN_FILE, Job, execute, is_current
 from greenprune.recipe import CompileSettings, Recipe
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def run(
 
     deployment.runtimes(job)
     _use_threads(job.recipe.threads)
-    write_run(job)
     execute(job, stages.of(job.recipe))
     if not processes.is_first():
         return {}
@@ -76,7 +75,6 @@ def prune(
 
     deployment.runtimes(job)
     _use_threads(job.recipe.threads)
-    write_run(job)
     execute(job, stages.host_stages())
     if not processes.is_first():
         return {}

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -159,6 +163,8 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
     try:
         for place in (job.folder, job.folder / "checkpoints"):
             storage.remove_partial(place)
+        if not finished:
+            write_run(job)
         hashes = {name: _inputs_of(job, name) for name in finished}
         for number, stage in enumerate(stages, start=1):
             hashes[stage.name] = _inputs_hash(job, stage, hashes)
@@ -185,9 +191,16 @@ def _assist(job: Job, stages: Sequence[Stage]) -> None:
 
 def write_run(job: Job) -> None:
     """Note the recipe in the run's folder, so that other commands find it there."""
-    if processes.is_first():
-        content = {"greenprune": __version__, "recipe": schema.encode(job.recipe)}
-        storage.write_json(job.folder / RUN_FILE, content)
+    content = json.loads(
+        json.dumps({"greenprune": __version__, "recipe": schema.encode(job.recipe)})
+    )
+    path = job.folder / RUN_FILE
+    try:
+        if json.loads(path.read_text(encoding="utf-8")) == content:
+            return
+    except (OSError, ValueError):
+        pass  # there is none yet, or a damaged one
+    storage.write_json(path, content)
 
 
 def _inputs_of(job: Job, stage: str) -> str:
@@ -228,12 +241,15 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> No
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         "versions": versions(),
         # what a killed process spent before its checkpoint is nowhere: the joules are a lower bound
-        "resumed": checkpoint.is_file(),
+        "resumed": any(checkpoint.parent.glob(f"{checkpoint.stem}*.safetensors")),
     }
     with storage.atomic_folder(job.place(stage.name)) as folder:
         work = Work(job=job, folder=folder, checkpoint=checkpoint)
         try:
-            _measured(job, content, lambda: stage.function(work))
+            with _noting_interrupts() as noted:
+                _measured(job, content, lambda: stage.function(work))
+            if noted:
+                raise KeyboardInterrupt
         except BaseException:
             _enter_in_ledger(job, content, f"{stage.name}-stopped")
             raise
@@ -247,6 +263,29 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> No
         content["results"].get("headline"),
     )
     say(f"{title}: {'; '.join(part for part in told if part)}")
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt as ever and is noted: raised while a finaliser or a library's
+    callback happens to run, the exception itself would be lost."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _measured(job: Job, content: dict[str, Any], function: Callable[[], dict[str, Any]]) -> None:

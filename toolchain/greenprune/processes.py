@@ -6,11 +6,15 @@ see the same run folder.
 
 from __future__ import annotations
 
+import datetime
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long the others wait for the first, which may score a large network meanwhile."""
 
 
 def count() -> int:
@@ -35,10 +39,11 @@ def launch(precision: str = "fp32") -> Fabric:
         precision: ``fp32`` or ``bf16``, as in the recipe.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     fabric = Fabric(
         accelerator="auto",
-        strategy="ddp" if count() > 1 else "auto",
+        strategy=DDPStrategy(timeout=PATIENCE) if count() > 1 else "auto",
         devices=count_here(),
         num_nodes=count() // count_here(),
         precision="bf16-mixed" if precision == "bf16" else "32-true",

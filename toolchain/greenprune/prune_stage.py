@@ -73,17 +73,12 @@ def _prune_by_scores(work: Work) -> dict[str, Any]:
 
 def _train_with_gates(work: Work, variant: str) -> dict[str, Any]:
     """A network of the pair by one-off training."""
-    job, settings = work.job, work.job.recipe.prune
+    job = work.job
     network, described = parts.load(job, "sparsify")
-    asked = gates.GateSettings(
-        **schema.encode(settings.gates),
-        macs=getattr(settings, variant).macs,
-        width_multiple=width_multiple(job),
-    )
     outcome = gates.train(
         network,
         job.data,
-        asked,
+        _gate_settings(job, variant),
         seed=job.recipe.seed + 30 + parts.PRUNED.index(variant),
         loss=parts.function_of(job.recipe.task.loss),
         checkpoint=work.checkpoint.with_stem(f"{work.checkpoint.stem}-{variant}"),
@@ -100,6 +95,18 @@ def _train_with_gates(work: Work, variant: str) -> dict[str, Any]:
         "widths": budget.widths(outcome.analysis, outcome.removed),
         "dense_widths": budget.widths(outcome.analysis, {}),
     }
+
+
+def _gate_settings(job: Job, variant: str) -> gates.GateSettings:
+    """Raises NotAvailableError: several processes."""
+    if processes.count() > 1:
+        raise NotAvailableError("prune.method = 'gates' under torchrun; use one process")
+    settings = job.recipe.prune
+    return gates.GateSettings(
+        **schema.encode(settings.gates),
+        macs=getattr(settings, variant).macs,
+        width_multiple=width_multiple(job),
+    )
 
 
 def _compared(job: Job, compact: nn.Module, network: nn.Module) -> dict[str, Any]:
@@ -192,8 +199,10 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
         PruningError: it cannot.
         NotAvailableError: training with gates on several processes.
     """
-    if job.recipe.prune.method == "gates" and processes.count() > 1:
-        raise NotAvailableError("prune.method = 'gates' under torchrun; use one process")
+    if job.recipe.prune.method == "gates":
+        for variant in parts.PRUNED:
+            gates.build(copy.deepcopy(network), example, _gate_settings(job, variant))
+        return
     analysis = analyse(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:

@@ -100,9 +100,9 @@ class SparsitySettings(TrainingSettings):
 
     method: Literal["cbs", "cbs_l1", "group", "l1"] = "cbs"
     strength: NonNegative = 1e-4
-    zero_share: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
+    zero_share: Annotated[float, Meta(gt=0.0, le=0.8)] | None = None
     """Share of the filters that are to be zero in the end, in place of a strength, which is then
-    found in training (``cbs`` and ``group``)."""
+    found in training (``cbs`` and ``group``); a fifth of every layer stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +332,18 @@ def _refuse_infinite(content: Any, where: str, key: str = "") -> None:
 def _check(recipe: Recipe, where: str) -> None:
     _refuse_infinite(schema.encode(recipe), where)
     mild, aggressive = recipe.prune.mild.macs, recipe.prune.aggressive.macs
+    if recipe.prune.method == "gates" and any(
+        own.rates or own.params < 1 for own in (recipe.prune.mild, recipe.prune.aggressive)
+    ):
+        raise RecipeError(
+            f"{where}: prune.method = 'gates' goes by prune.mild.macs and prune.aggressive.macs "
+            "alone; leave rates and params out"
+        )
+    if recipe.prune.gates.gated_epochs > recipe.prune.gates.epochs:
+        raise RecipeError(
+            f"{where}: prune.gates.gated_epochs = {recipe.prune.gates.gated_epochs} must be at "
+            f"most prune.gates.epochs = {recipe.prune.gates.epochs}, of which it is a part"
+        )
     if aggressive >= mild and not (recipe.prune.mild.rates or recipe.prune.aggressive.rates):
         raise RecipeError(
             f"{where}: prune.aggressive.macs = {aggressive} must be below "

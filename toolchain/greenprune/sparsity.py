@@ -27,7 +27,7 @@ see :meth:`Penalty.advance`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp, sqrt
+from math import ceil, exp, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RAMP = 0.7
 """With a target, the filters that are to go are at zero after this share of the training; in the
 rest, what stays recovers without a penalty."""
+STAYS = 0.2
+"""With a target, at least this share of every layer's filters stays, the strongest."""
 GAIN = 20.0
 """How fast the strength follows: filters that lag by a tenth of their way for a tenth of the
 training multiply it by exp(0.2)."""
@@ -50,8 +52,12 @@ training multiply it by exp(0.2)."""
 class Aim:
     """How far the way to a target is; goes into checkpoints."""
 
+    scales: tuple[float, ...] = ()
+    """Mean norm of each layer's filters when training began, those of ``norms`` first: with a
+    target, λ is proportional to it, as a weight's size and a scale's cannot be compared."""
     start: float = 0.0
-    """Norm of the strongest of the filters that are to go, when training began."""
+    """Norm, in units of its layer's scale, of the strongest filter that was to go when training
+    began."""
     factor: float = 1.0
     reached: bool = False
     """The filters are at zero, and stay there."""
@@ -94,13 +100,23 @@ class Penalty:
             for tensor in self.parameters:
                 tensor.copy_(nn.functional.softshrink(tensor, threshold))
             return
+        scales = self.aim.scales or (1.0,) * (len(self.norms) + len(self.layers))
         if self.norms:
-            factors = _factors(self._joined_norms(), threshold)
+            joined = self._joined_norms()
+            each: float | Tensor = threshold
+            if self.aim.scales:
+                each = torch.cat(
+                    [
+                        joined.new_full((len(filters[0]),), threshold * scale)
+                        for filters, scale in zip(self.norms, scales, strict=False)
+                    ]
+                )
+            factors = _factors(joined, each)
             split = factors.split([len(filters[0]) for filters in self.norms])
             for part in zip(*self.norms, strict=True):
                 torch._foreach_mul_(part, split)
-        for filters in self.layers:
-            factor = _factors(_norms(filters), threshold * sqrt(_entries(filters)))
+        for filters, scale in zip(self.layers, scales[len(self.norms) :], strict=True):
+            factor = _factors(_norms(filters), threshold * scale * sqrt(_entries(filters)))
             for tensor in filters:
                 tensor.mul_(factor.view(-1, *[1] * (tensor.ndim - 1)))
 
@@ -108,9 +124,10 @@ class Penalty:
     def advance(self, optimizer: torch.optim.Optimizer, done: float, step: float) -> None:
         """With a target, set the strength for the :meth:`step` that follows.
 
-        The filter at the target's quantile of norms is led to zero evenly: the threshold is what
-        it has to lose in each step, times a factor that grows while it lags behind. When it is
-        there, or after ``RAMP`` of the training, those filters are zero and held there, and the
+        Norms are compared in units of their layer's mean when training began, and a fifth of every
+        layer stays. The last of the filters that are to go is led to zero evenly: the threshold is
+        what it has to lose in each step, times a factor that grows while it lags behind. When it
+        is there, or after ``RAMP`` of the training, those filters are zero and held there, and the
         others are penalised no more.
 
         Args:
@@ -120,18 +137,23 @@ class Penalty:
         """
         if self.target is None:
             return
-        aim, norms = self.aim, self._comparable_norms()
-        count = max(1, round(self.target * len(norms)))
         if self.held is not None:
             self._zero(self.held)  # the optimiser may have moved them
             return
-        weakest = norms.topk(count, largest=False)
+        aim = self.aim
+        if not aim.scales:
+            means = [float(part.mean()) for part in self._by_layer(self._comparable_norms())]
+            aim.scales = tuple(mean or 1.0 for mean in means)
+        norms = self._comparable_norms()
+        free = torch.cat([_without_strongest(part) for part in self._by_layer(norms)])
+        count = min(max(1, round(self.target * len(norms))), int(free.isfinite().sum()))
+        weakest = free.topk(count, largest=False)
         last = float(weakest.values[-1])
         aim.start = aim.start or last
         if last == 0 or done >= RAMP:
             aim.reached = True
             self.strength = 0.0
-            self.held = torch.zeros_like(norms, dtype=torch.bool)
+            self.held = norms == 0
             self.held[weakest.indices] = True
             self._zero(self.held)
             return
@@ -167,13 +189,22 @@ class Penalty:
 
     def _comparable_norms(self) -> Tensor:
         """``[filters]``: what the threshold has to add up to until each filter is zero."""
-        per_layer = [_norms(filters) / sqrt(_entries(filters)) for filters in self.layers]
-        return torch.cat([*(_norms(filters) for filters in self.norms), *per_layer])
+        parts = [_norms(filters) for filters in self.norms]
+        parts += [_norms(filters) / sqrt(_entries(filters)) for filters in self.layers]
+        scales = self.aim.scales or (1.0,) * len(parts)
+        return torch.cat([part / scale for part, scale in zip(parts, scales, strict=True)])
+
+    def _by_layer(self, filters: Tensor) -> tuple[Tensor, ...]:
+        """One value for each filter, ``[filters]``, split by layer."""
+        parts: tuple[Tensor, ...] = filters.split(
+            [len(tensors[0]) for tensors in (*self.norms, *self.layers)]
+        )
+        return parts
 
     def _zero(self, filters: Tensor) -> None:
         """Set the filters of this mask, bool ``[filters]``, to zero."""
         owners = (*self.norms, *self.layers)
-        for parts, mask in zip(owners, filters.split([len(p[0]) for p in owners]), strict=True):
+        for parts, mask in zip(owners, self._by_layer(filters), strict=True):
             for tensor in parts:
                 tensor[mask] = 0
 
@@ -203,7 +234,7 @@ def build(
         target: share of the filters that are to be zero in the end; λ is then found in training.
 
     Raises:
-        TrainingError: an unknown method, a negative strength, a target outside (0, 1) or for a
+        TrainingError: an unknown method, a negative strength, a target outside (0, 0.8] or for a
             method that brings single weights to zero, or nothing to penalise.
     """
     if method not in METHODS or strength < 0:
@@ -211,10 +242,10 @@ def build(
             f"sparsify: expected a method of {', '.join(METHODS)} and a strength of 0 or more, "
             f"found '{method}' and {strength}"
         )
-    if target is not None and (not 0 < target < 1 or method.endswith("l1")):
+    if target is not None and (not 0 < target <= 1 - STAYS or method.endswith("l1")):
         raise TrainingError(
-            "sparsify: expected a share of zero filters above 0 and below 1, of a method that "
-            f"brings whole filters to zero (cbs, group), found {target} and '{method}'"
+            f"sparsify: expected a share of zero filters above 0 and at most {1 - STAYS:.1f}, of a "
+            f"method that brings whole filters to zero (cbs, group), found {target} and '{method}'"
         )
     norm_of = _follow(model, example_input)
     with_bias = method.startswith("cbs")
@@ -297,6 +328,12 @@ def _entries(filters: tuple[Tensor, ...]) -> int:
     return sum(tensor[0].numel() for tensor in filters)
 
 
-def _factors(norms: Tensor, threshold: float) -> Tensor:
+def _without_strongest(norms: Tensor) -> Tensor:
+    """``[F]``, infinite where a filter is among those of its layer that stay."""
+    stay = norms.topk(ceil(STAYS * len(norms))).indices
+    return norms.index_fill(0, stay, float("inf"))
+
+
+def _factors(norms: Tensor, threshold: float | Tensor) -> Tensor:
     """What the group soft threshold multiplies each filter by; 0 where the norm is below it."""
     return (1 - threshold / norms).clamp_(min=0)

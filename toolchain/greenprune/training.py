@@ -104,6 +104,8 @@ def fit(
     saved = fabric.broadcast(_read_checkpoint(checkpoint, key) if fabric.is_global_zero else None)
     losses, seconds = _restore(model, optimizer, penalty, saved)
     wrapped, stepper = fabric.setup(model, optimizer)
+    for parameter, state in optimizer.state.items():  # a checkpoint's, which setup leaves behind
+        state["momentum_buffer"] = state["momentum_buffer"].to(parameter.device)
     if teacher is not None:
         teacher = teacher.to(fabric.device).eval()
     objective = _objective(settings, loss, teacher, fabric.autocast)
@@ -434,5 +436,7 @@ def _restore(
             )
             optimizer.state[parameter]["momentum_buffer"] = buffer
     if penalty is not None:
-        penalty.resume(Aim(**json.loads(metadata["penalty"])))
+        penalty.resume(
+            schema.decode(json.loads(metadata["penalty"]), Aim, "checkpoint", TrainingError)
+        )
     return json.loads(metadata["losses"]), json.loads(metadata["seconds"])

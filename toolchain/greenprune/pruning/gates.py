@@ -144,7 +144,7 @@ def train(
         checkpoint=checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-gated"),
         label=label,
     )
-    probability, opened = _means(gated, data)
+    probability, opened = _means(gated, data, seed)
     settled = settle(
         gated,
         opened,
@@ -153,7 +153,8 @@ def train(
         width_multiple=settings.width_multiple,
     )
     compact, blocks, analysis, removed = cut(gated, settled, example)
-    images = normalise(data.train.inputs[:BATCHNORM_IMAGES], data.preprocessing)
+    drawn = _draw(data, BATCHNORM_IMAGES, seed)
+    images = normalise(data.train.inputs[drawn], data.preprocessing)
     batchnorm.reestimate(compact, images)
     after = training.fit(
         compact,
@@ -236,11 +237,17 @@ def polarization(means: Tensor) -> Tensor:
     return (means * (1 - means)).mean()
 
 
+def _draw(data: Data, count: int, seed: int) -> Tensor:
+    """Indices of training images, int64 [at most count]: they may be sorted by class."""
+    return torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:count]
+
+
 @torch.no_grad()
-def _means(gated: Gated, data: Data) -> tuple[Tensor, Tensor]:
+def _means(gated: Gated, data: Data, seed: int) -> tuple[Tensor, Tensor]:
     """Mean probability and mean binary gate over training images, float64 [gates] each."""
+    drawn = _draw(data, IMAGES, seed)
     split = dataclasses.replace(
-        data.train, inputs=data.train.inputs[:IMAGES], targets=data.train.targets[:IMAGES]
+        data.train, inputs=data.train.inputs[drawn], targets=data.train.targets[drawn]
     )
     gated.eval()
     total = torch.zeros(2, sum(gated.sizes), dtype=torch.float64)

@@ -51,7 +51,8 @@ class HRank:
     def scores(self) -> dict[str, Values]:
         scores = {group.name: np.zeros(group.channels) for group in self.groups}
         for group in self.groups:
-            for producer in group.producers:
+            # what is called in training alone has not been seen
+            for producer in (part for part in group.producers if self.seen[part.module].count):
                 ranks = self.seen[producer.module].mean()
                 share = ranks[producer.indices].sum(axis=1) / max(ranks.sum(), 1e-30)
                 scores[group.name] += share

@@ -56,12 +56,14 @@ class Read:
 
     def scores(self) -> dict[str, Values]:
         energies = {
-            name: (self.seen[name].mean() * norms) ** 2 for name, norms in self.norms.items()
+            name: (self.seen[name].mean() * norms) ** 2
+            for name, norms in self.norms.items()
+            if self.seen[name].count  # else it is called in training alone
         }
         scores = {}
         for group in self.groups:
             scores[group.name] = np.zeros(group.channels)
-            for consumer in group.consumers:
+            for consumer in (part for part in group.consumers if part.module in energies):
                 energy = energies[consumer.module]
                 share = energy[consumer.indices].sum(axis=1) / max(energy.sum(), 1e-30)
                 scores[group.name] += share
@@ -152,8 +154,12 @@ class Taylor:
         with torch.enable_grad(), hooked(self.model, self.names, read.__setitem__):
             outputs = self.model(images.clone().requires_grad_())
             value = self.loss(outputs, targets) * len(images)  # type: ignore[arg-type]
-        gradients = torch.autograd.grad(
-            value, list(read.values()), allow_unused=True, materialize_grads=True
+        gradients = (
+            torch.autograd.grad(
+                value, list(read.values()), allow_unused=True, materialize_grads=True
+            )
+            if read
+            else ()
         )
         change = {}
         for (name, maps), gradient in zip(read.items(), gradients, strict=True):
@@ -162,7 +168,7 @@ class Taylor:
             change[name] = slopes.reshape(*slopes.shape[:2], -1).sum(dim=2).cpu().numpy()
         for group in self.groups:
             total = np.zeros((len(images), group.channels))
-            for consumer in group.consumers:
+            for consumer in (part for part in group.consumers if part.module in change):
                 total += change[consumer.module][:, consumer.indices].sum(axis=2)
             self.total[group.name] += np.abs(total).sum(axis=0)
         self.count += len(images)

@@ -86,19 +86,26 @@ def compact(model: nn.Module, analysis: Analysis, removed: Removed) -> nn.Module
         PruningError: as :func:`prune_channels`.
     """
     cuts = _checked(model, analysis, removed)
-    result = copy.deepcopy(model)
+    constants = [
+        (number, less)
+        for group, channels in cuts
+        for number in group.numbers
+        if number.constant and (less := int(number.per_channel[channels].sum()))
+    ]
+    graph = None
+    if constants:  # traced before attributes shrink: the code may read its numbers from them
+        result, graph = trace(model, training=False)
+    else:
+        result = copy.deepcopy(model)
     for (name, dim), gone in _entries(cuts).items():
         _cut_tensor(result, name, dim, gone)
-    constants = []
     for group, channels in cuts:
         for number in group.numbers:
-            less = int(number.per_channel[channels].sum())
-            if number.constant and less:
-                constants.append((number, less))
-            elif less:
+            if not number.constant:
                 owner = result.get_submodule(number.owner)
+                less = int(number.per_channel[channels].sum())
                 setattr(owner, number.place, getattr(owner, number.place) - less)
-    return _with_constants(result, constants) if constants else result
+    return result if graph is None else _with_constants(model, result, graph, constants)
 
 
 def _checked(model: nn.Module, analysis: Analysis, removed: Removed) -> _Cuts:
@@ -150,10 +157,11 @@ def _cut_tensor(model: nn.Module, name: str, dim: int, gone: NDArray[np.int64]) 
     setattr(owner, attribute, smaller)
 
 
-def _with_constants(model: nn.Module, changes: list[tuple[Number, int]]) -> fx.GraphModule:
-    """The traced network, with numbers in its code made smaller."""
+def _with_constants(
+    model: nn.Module, traced: nn.Module, graph: fx.Graph, changes: list[tuple[Number, int]]
+) -> fx.GraphModule:
+    """``traced`` by its graph, with numbers in the code made smaller, in the modes of ``model``."""
     modes = {name: module.training for name, module in model.named_modules()}
-    traced, graph = trace(model, training=False)
     nodes = {node.name: node for node in graph.nodes}
     for number, less in changes:
         node, (kind, *path) = nodes[number.owner], number.place
@@ -163,8 +171,10 @@ def _with_constants(model: nn.Module, changes: list[tuple[Number, int]]) -> fx.G
             node.kwargs = _less(node.kwargs, path, less)
     result = fx.GraphModule(traced, graph, class_name=type(model).__name__)
     for name, module in traced.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if name and any(True for _ in module.parameters(recurse=False)):
             result.add_submodule(name, module)  # also those that forward does not call
+    for name, parameter in traced.named_parameters(recurse=False):
+        result.register_parameter(name, parameter)
     for name, module in result.named_modules():
         module.training = modes.get(name, model.training)
     return result

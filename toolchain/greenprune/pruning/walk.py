@@ -94,8 +94,10 @@ class Walk(fx.Interpreter):
             if module is not None:
                 self._check_unshared(name, module)
             mark = rules.apply(call)
-        except FreezeError as error:
+        except (FreezeError, KeyError, TypeError, IndexError) as error:
             mark, why = None, str(error)
+            if not isinstance(error, FreezeError):  # keywords that the rule does not know
+                why = f"'{name}' is called in a way that is not followed"
             self._freeze_inputs(node, why)
             if module is not None and any(True for _ in module.parameters()):
                 self.unfollowed.append((name, why.replace(f"'{name}'", "it")))
