@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -246,10 +242,7 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> No
     with storage.atomic_folder(job.place(stage.name)) as folder:
         work = Work(job=job, folder=folder, checkpoint=checkpoint)
         try:
-            with _noting_interrupts() as noted:
-                _measured(job, content, lambda: stage.function(work))
-            if noted:
-                raise KeyboardInterrupt
+            _measured(job, content, lambda: stage.function(work))
         except BaseException:
             _enter_in_ledger(job, content, f"{stage.name}-stopped")
             raise
@@ -263,29 +256,6 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> No
         content["results"].get("headline"),
     )
     say(f"{title}: {'; '.join(part for part in told if part)}")
-
-
-@contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt as ever and is noted: raised while a finaliser or a library's
-    callback happens to run, the exception itself would be lost."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _measured(job: Job, content: dict[str, Any], function: Callable[[], dict[str, Any]]) -> None:
