@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from cifar import load_images, some_images, test_accuracy
 from common import write_result
 from torch import nn
 
@@ -29,7 +29,7 @@ from greenprune import data, models, sparsity, storage, training
 from greenprune.pruning import batchnorm, budget, folding, surgery
 from greenprune.pruning.graph import analyse
 from greenprune.pruning.scores import measure
-from greenprune.recipe import SparsitySettings, load
+from greenprune.recipe import SparsitySettings
 
 SEEDS = (0, 1, 2)
 METHODS = ("none", "group", "cbs")
@@ -49,15 +49,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     arguments = parser.parse_args()
 
-    recipe = load(
-        "resnet56-cifar10",
-        [
-            f'data.path="{arguments.data.resolve()}"',
-            f'model.weights="{arguments.weights.resolve()}"',
-            "data.development=0",
-        ],
-    )
-    loaded = data.load(recipe.data, recipe.seed)
+    loaded = load_images(arguments.data, arguments.weights)
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         for method in METHODS:
@@ -75,8 +67,7 @@ def one(loaded: data.Data, weights: Path, method: str, seed: int) -> list[dict[s
     begin = time.monotonic()
     network = models.build("greenprune.models:resnet20", {})
     models.load_weights(network, weights)
-    order = torch.randperm(len(loaded.train), generator=torch.Generator().manual_seed(seed))
-    images = data.normalise(loaded.train.inputs[order[:IMAGES]], loaded.preprocessing)
+    images = some_images(loaded, IMAGES, seed)
     penalty = None
     if method != "none":
         penalty = sparsity.build(network, images[:1], method, STRENGTH)
@@ -87,7 +78,7 @@ def one(loaded: data.Data, weights: Path, method: str, seed: int) -> list[dict[s
     shown = {
         "method": method,
         "seed": seed,
-        "accuracy": accuracy(network, loaded),
+        "accuracy": test_accuracy(network, loaded),
         "zero_share": penalty.zero_share() if penalty else 0.0,
     }
     rows = []
@@ -102,20 +93,10 @@ def one(loaded: data.Data, weights: Path, method: str, seed: int) -> list[dict[s
             batchnorm.reestimated(cut, images),
             batchnorm.reestimated(folded, images),
         ]
-        ways = {way: accuracy(each, loaded) for way, each in zip(WAYS, networks, strict=True)}
+        ways = {way: test_accuracy(each, loaded) for way, each in zip(WAYS, networks, strict=True)}
         rows.append({**shown, "rate": rate, **ways, "seconds": 0.0})
     rows[-1]["seconds"] = time.monotonic() - begin
     return rows
-
-
-def accuracy(network: nn.Module, loaded: data.Data) -> float:
-    """On all 10,000 test images (the recipe deals them into three splits)."""
-    parts = (loaded.selector, loaded.certification, loaded.test)
-    scores = [
-        training.accuracy(training.predict(network, part, loaded.preprocessing), part.targets)
-        for part in parts
-    ]
-    return float(torch.cat(scores).mean())
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from cifar import accuracy, load_images, test_accuracy
 from common import write_result
-from torch import nn
 
 from greenprune import data, models, storage, training
 from greenprune.pruning import batchnorm, budget, cost, surgery
 from greenprune.pruning.graph import analyse
 from greenprune.pruning.scores import METHODS, measure
-from greenprune.recipe import TrainingSettings, load
+from greenprune.recipe import TrainingSettings
 
 SEEDS = (0, 1, 2)
 DEVELOPMENT = 5000
@@ -56,7 +55,7 @@ def main() -> None:
     begin = time.monotonic()
     name = "criteria" if arguments.scope == "global" else "criteria_uniform"
     folder = arguments.runs / f"{name}-{arguments.epochs}"
-    loaded = load_images(arguments.data, arguments.weights)
+    loaded = load_images(arguments.data, arguments.weights, development=DEVELOPMENT)
     rows: list[dict[str, Any]] = []
     todo = [(method, seed) for seed in SEEDS for method in METHODS]
     for number, (method, seed) in enumerate(todo, start=1):
@@ -87,19 +86,6 @@ def main() -> None:
     print(write_result(name, seed=SEEDS[0], seconds=seconds, figures=figures, script="criteria"))
 
 
-def load_images(folder: Path, weights: Path) -> data.Data:
-    """CIFAR-10 as the built-in recipe has it, with a larger development split."""
-    recipe = load(
-        "resnet56-cifar10",
-        [
-            f'data.path="{folder.resolve()}"',
-            f'model.weights="{weights.resolve()}"',
-            f"data.development={DEVELOPMENT}",
-        ],
-    )
-    return data.load(recipe.data, recipe.seed)
-
-
 def run(
     method: str, seed: int, loaded: data.Data, arguments: argparse.Namespace, checkpoint: Path
 ) -> dict[str, Any]:
@@ -108,8 +94,7 @@ def run(
     dense = models.build(FACTORY, {})
     models.load_weights(dense, arguments.weights)
     dense.eval()
-    order = torch.randperm(len(loaded.train), generator=torch.Generator().manual_seed(seed))
-    chosen = order[:BATCHNORM_IMAGES]
+    chosen = data.draw(loaded.train, BATCHNORM_IMAGES, seed)
     images = data.normalise(loaded.train.inputs[chosen], loaded.preprocessing)
     targets = loaded.train.targets[chosen]
     analysis = analyse(dense, images[:2])
@@ -126,9 +111,9 @@ def run(
         scope=arguments.scope,
     )
     compact = surgery.prune_channels(dense, images[:2], removed)
-    before = development(compact, loaded)
+    before = accuracy(compact, loaded, loaded.development)
     batchnorm.reestimate(compact, images)
-    reestimated = development(compact, loaded)
+    reestimated = accuracy(compact, loaded, loaded.development)
     training.fit(
         compact,
         loaded,
@@ -150,9 +135,9 @@ def run(
         "seed": seed,
         "before": before,
         "reestimated": reestimated,
-        "development": development(compact, loaded),
-        "test": test(compact, loaded),
-        "dense_development": development(dense, loaded),
+        "development": accuracy(compact, loaded, loaded.development),
+        "test": test_accuracy(compact, loaded),
+        "dense_development": accuracy(dense, loaded, loaded.development),
         "macs": counted.macs / whole.macs,
         "params": counted.params / whole.params,
         "images": scoring.images,
@@ -162,23 +147,6 @@ def run(
     }
     checkpoint.unlink(missing_ok=True)
     return row
-
-
-def development(network: nn.Module, loaded: data.Data) -> float:
-    return accuracy(network, loaded, loaded.development)
-
-
-def test(network: nn.Module, loaded: data.Data) -> float:
-    """On all 10,000 test images (the recipe deals them into three splits)."""
-    return accuracy(network, loaded, loaded.selector, loaded.certification, loaded.test)
-
-
-def accuracy(network: nn.Module, loaded: data.Data, *splits: data.Split) -> float:
-    right = [
-        training.accuracy(training.predict(network, split, loaded.preprocessing), split.targets)
-        for split in splits
-    ]
-    return float(torch.cat(right).mean())
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

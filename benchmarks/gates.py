@@ -29,8 +29,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cifar
 import numpy as np
 import torch
+from cifar import some_images, test_accuracy
 from common import write_result
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ from greenprune.models.lenet import LeNet5
 from greenprune.pruning import batchnorm, budget, cost, gates, surgery
 from greenprune.pruning.gates import GateSettings
 from greenprune.pruning.graph import analyse
-from greenprune.pruning.scores import score
+from greenprune.pruning.scores import measure
 from greenprune.recipe import TrainingSettings, load
 
 MACS = 0.5
@@ -95,7 +97,7 @@ def main() -> None:
         "macs_allowed": MACS,
         "width_multiple": arguments.width_multiple,
         "training_images": len(loaded.train),
-        "dense_test": test(dense(arguments, 0), loaded) if arguments.weights else None,
+        "dense_test": test_accuracy(dense(arguments, 0), loaded) if arguments.weights else None,
         "step_cost": step_cost(dense(arguments, 0), loaded, settings),
         "methods": summarise(rows),
         "rows": rows,
@@ -108,14 +110,13 @@ def main() -> None:
 
 def load_images(arguments: argparse.Namespace) -> data.Data:
     """As the built-in recipes have them, with all training images trained on."""
-    place = f'data.path="{arguments.data.resolve()}"'
     if arguments.network == "resnet20":
-        weights = f'model.weights="{arguments.weights.resolve()}"'
-        recipe = load("resnet56-cifar10", [place, weights, "data.development=0"])
+        loaded = cifar.load_images(arguments.data, arguments.weights)
     else:
+        place = f'data.path="{arguments.data.resolve()}"'
         changes = ['data.source="mnist"', "data.size=[32,32]", 'data.held_out_from="test"']
         recipe = load("lenet5-digits", [place, *changes, "data.development=0"])
-    loaded = data.load(recipe.data, recipe.seed)
+        loaded = data.load(recipe.data, recipe.seed)
     if not arguments.images:
         return loaded
     some = data.Split(
@@ -169,7 +170,7 @@ def with_gates(
         network, loaded, settings, seed=seed, checkpoint=checkpoints / "gates.safetensors"
     )
     return described(outcome.network, loaded, whole, example) | {
-        "gated_test": test(network, loaded),
+        "gated_test": test_accuracy(network, loaded),
         "gated_macs": outcome.gated_macs,
         "moved": outcome.moved,
         "polarization": outcome.polarization,
@@ -199,7 +200,7 @@ def with_drp(
     analysis = analyse(network, images[:2])
     removed = budget.choose(
         analysis,
-        score(network, analysis, images[:IMAGES], method="drp", seed=seed),
+        measure(network, analysis, images[:IMAGES], method="drp", seed=seed).scores,
         macs=MACS,
         width_multiple=settings.width_multiple,
         keep_at_least=KEEP_AT_LEAST,
@@ -223,7 +224,7 @@ def described(
 ) -> dict[str, Any]:
     counted = cost.count(compact, example)
     return {
-        "test": test(compact, loaded),
+        "test": test_accuracy(compact, loaded),
         "macs": counted.macs / whole.macs,
         "params": counted.params / whole.params,
         "widths": {
@@ -232,21 +233,6 @@ def described(
             if isinstance(module, nn.Conv2d | nn.Linear)
         },
     }
-
-
-def some_images(loaded: data.Data, count: int, seed: int) -> Tensor:
-    order = torch.randperm(len(loaded.train), generator=torch.Generator().manual_seed(seed))
-    return data.normalise(loaded.train.inputs[order[:count]], loaded.preprocessing)
-
-
-def test(network: nn.Module, loaded: data.Data) -> float:
-    """On all 10,000 test images (the recipe deals them into three splits)."""
-    parts = (loaded.selector, loaded.certification, loaded.test)
-    right = [
-        training.accuracy(training.predict(network, part, loaded.preprocessing), part.targets)
-        for part in parts
-    ]
-    return float(torch.cat(right).mean())
 
 
 def step_cost(network: nn.Module, loaded: data.Data, settings: GateSettings) -> dict[str, float]:

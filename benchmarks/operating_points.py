@@ -22,7 +22,7 @@ from greenprune import models, schema
 from greenprune.pruning import budget, surgery
 from greenprune.pruning.cost import Cost, count
 from greenprune.pruning.graph import analyse
-from greenprune.pruning.scores import score
+from greenprune.pruning.scores import measure
 
 Rates = dict[str, float]
 """Group name to the share of its channels that goes."""
@@ -124,7 +124,7 @@ def prune_at(
 ) -> tuple[nn.Module, float]:
     """The compact network, proved, and the relative difference that the proof has seen."""
     analysis = analyse(network, example)
-    scores = score(network, analysis, example, method="magnitude")
+    scores = measure(network, analysis, example, method="magnitude").scores
     removed = budget.by_rates(analysis, scores, rates, width_multiple=width_multiple)
     difference = surgery.prove(network, analysis, example, removed)
     return surgery.compact(network, analysis, removed), difference

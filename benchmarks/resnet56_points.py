@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from cifar import load_images, some_images, test_accuracy
 from common import keep_network, write_result
 from torch import Tensor, nn
 
 from greenprune import data, models, training
 from greenprune.pruning import batchnorm, budget, cost, record, surgery
 from greenprune.pruning.graph import analyse
-from greenprune.pruning.scores import score
-from greenprune.recipe import DistillationSettings, TrainingSettings, load
+from greenprune.pruning.scores import measure
+from greenprune.recipe import DistillationSettings, TrainingSettings
 
 SEED = 0
 IMAGES = 256
@@ -77,9 +77,9 @@ def main() -> None:
         compact, described = prune(dense, images, point)
     else:
         compact, described = prune_with_taylor(dense, loaded, point, arguments.seed), None
-    before = accuracy(compact, loaded)
+    before = test_accuracy(compact, loaded)
     batchnorm.reestimate(compact, some_images(loaded, BATCHNORM_IMAGES, arguments.seed + 1))
-    reestimated = accuracy(compact, loaded)
+    reestimated = test_accuracy(compact, loaded)
     print(f"{name}: {before:.4f}, BatchNorm re-estimated {reestimated:.4f}", flush=True)
     settings = schedule(point, distilled=arguments.method != "taylor")
     history = training.fit(
@@ -93,7 +93,7 @@ def main() -> None:
     )
     counted, whole = cost.count(compact, images[:1]), cost.count(dense, images[:1])
     figures: dict[str, Any] = {
-        "accuracy": accuracy(compact, loaded),
+        "accuracy": test_accuracy(compact, loaded),
         "accuracy_before_fine_tuning": before,
         "accuracy_with_batchnorm_reestimated": reestimated,
         "macs": counted.macs,
@@ -123,19 +123,6 @@ def main() -> None:
     )
 
 
-def load_images(folder: Path, weights: Path) -> data.Data:
-    """CIFAR-10 as the built-in recipe has it, with no training image held out."""
-    recipe = load(
-        "resnet56-cifar10",
-        [
-            f'data.path="{folder.resolve()}"',
-            f'model.weights="{weights.resolve()}"',
-            "data.development=0",
-        ],
-    )
-    return data.load(recipe.data, recipe.seed)
-
-
 def schedule(point: Point, *, distilled: bool) -> TrainingSettings:
     settings: dict[str, Any] = {
         "epochs": EPOCHS,
@@ -150,26 +137,11 @@ def schedule(point: Point, *, distilled: bool) -> TrainingSettings:
     return TrainingSettings(**settings)
 
 
-def some_images(loaded: data.Data, count: int, seed: int) -> Tensor:
-    order = torch.randperm(len(loaded.train.inputs), generator=torch.Generator().manual_seed(seed))
-    return data.normalise(loaded.train.inputs[order[:count]], loaded.preprocessing)
-
-
-def accuracy(network: nn.Module, loaded: data.Data) -> float:
-    """On all 10,000 test images (the recipe deals them into three splits)."""
-    parts = (loaded.selector, loaded.certification, loaded.test)
-    scores = [
-        training.accuracy(training.predict(network, part, loaded.preprocessing), part.targets)
-        for part in parts
-    ]
-    return float(torch.cat(scores).mean())
-
-
 def prune(dense: nn.Module, images: Tensor, point: Point) -> tuple[nn.Module, record.NetworkRecord]:
     analysis = analyse(dense, images)
     removed = budget.choose(
         analysis,
-        score(dense, analysis, images),
+        measure(dense, analysis, images).scores,
         macs=point.macs,
         params=point.params,
         width_multiple=point.width_multiple,
@@ -201,9 +173,7 @@ def prune_with_taylor(dense: nn.Module, loaded: data.Data, point: Point, seed: i
         iterative_steps=20 * 2,
         ignored_layers=kept,
     )
-    order = torch.randperm(len(loaded.train.inputs), generator=torch.Generator().manual_seed(seed))[
-        :IMAGES
-    ]
+    order = data.draw(loaded.train, IMAGES, seed)
     inputs = data.normalise(loaded.train.inputs[order], loaded.preprocessing)
     targets = loaded.train.targets[order]
     whole = cost.count(dense, example)

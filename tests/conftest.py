@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from numpy.typing import NDArray
 # a busy machine is no defect
 settings.register_profile("greenprune", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("greenprune")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Several threads only slow the tests' small networks down."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
 
 CLASSES, SIZE, REFERENCE, REPLAY = 4, 16, 8, 64
 Array = NDArray[np.float32]

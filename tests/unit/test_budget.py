@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,16 +17,7 @@ from greenprune.pruning import budget, surgery
 from greenprune.pruning.budget import choose
 from greenprune.pruning.cost import count
 from greenprune.pruning.graph import Analysis, analyse
-from greenprune.pruning.scores import Scores, score
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Several threads only slow such small networks down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from greenprune.pruning.scores import Scores, measure
 
 
 class Small(nn.Module):
@@ -240,7 +230,7 @@ def test_a_real_network_meets_its_budget_when_it_is_really_pruned(
     network = build(f"greenprune.models:{factory}", {}).eval()
     example = torch.randn(2, *shape)
     analysis = analyse(network, example)
-    scores = score(network, analysis, example, method="magnitude")
+    scores = measure(network, analysis, example, method="magnitude").scores
 
     removed = choose(analysis, scores, macs=0.4)
     compact = surgery.prune_channels(network, example, removed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,16 +16,7 @@ from greenprune.errors import DataError, PruningError
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.plots import scores_svg
 from greenprune.pruning.ranks import matrix_ranks
-from greenprune.pruning.scores import Scores, measure, score, spearman
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads only slow such small networks down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from greenprune.pruning.scores import Scores, measure, spearman
 
 
 class Small(nn.Module):
@@ -139,7 +130,7 @@ def test_drp_is_the_slow_loop_in_batches_of_any_size(
     analysis = analyse(network, images)
     assert {group.name for group in analysis.groups} == {"stem", "left", "last", "hidden"}
 
-    found = score(network, analysis, images, batch_size=batch_size)
+    found = measure(network, analysis, images, batch_size=batch_size).scores
 
     assert_equal_scores(found, slow_drp(network, analysis, images))
     assert all(np.ptp(values) > 0.01 for values in found.values()), "channels differ"
@@ -147,7 +138,7 @@ def test_drp_is_the_slow_loop_in_batches_of_any_size(
 
 def test_each_consumer_has_one_share_to_give(network: Small, images: Tensor) -> None:
     """Where every input of its consumers is prunable, a group's scores add up to their number."""
-    found = score(network, analyse(network, images), images)
+    found = measure(network, analyse(network, images), images).scores
 
     assert found["stem"].sum() == pytest.approx(2.0), "left and right read it"
     assert found["left"].sum() == pytest.approx(2.0), "so does the addition of left and right"
@@ -168,7 +159,7 @@ def test_a_consumer_that_reads_other_things_too_gives_less_than_one(images: Tens
     network = scatter(Joined())
     analysis = analyse(network, images)
 
-    found = score(network, analysis, images)
+    found = measure(network, analysis, images).scores
 
     assert_equal_scores(found, slow_drp(network, analysis, images))
     assert 0.1 < found["stem"].sum() < 0.99
@@ -183,7 +174,7 @@ def test_a_channel_with_constant_maps_scores_zero_and_the_others_do_not(
         network.hidden.weight[4] = 0.0
         network.hidden.bias.fill_(100.0)  # no ReLU is off for all images
 
-    found = score(network, analyse(network, images), images)
+    found = measure(network, analyse(network, images), images).scores
 
     for name, dead in (("stem", 2), ("hidden", 4)):
         assert found[name][dead] == pytest.approx(0.0, abs=1e-12)
@@ -194,7 +185,7 @@ def test_a_channel_that_nobody_weighs_scores_zero(network: Small, images: Tensor
     with torch.no_grad():
         network.last.weight[:, 1] = 0.0
 
-    assert score(network, analyse(network, images), images)["left"][1] == 0.0
+    assert measure(network, analyse(network, images), images).scores["left"][1] == 0.0
 
 
 def test_grouped_convolutions_are_read_group_by_group(images: Tensor) -> None:
@@ -212,7 +203,7 @@ def test_grouped_convolutions_are_read_group_by_group(images: Tensor) -> None:
     analysis = analyse(network, images)
     read = inputs_of(network, images)
 
-    found = score(network, analysis, images)["0"]
+    found = measure(network, analysis, images).scores["0"]
 
     norms = network[1].weight.detach().double().flatten(1).norm(dim=1).numpy()
     spread = np.mean([[np.std(channel) for channel in image] for image in read["1"]], axis=0)
@@ -234,7 +225,7 @@ def test_single_values_are_dispersed_over_images(images: Tensor) -> None:
     )
     analysis = analyse(network, images)
 
-    found = score(network, analysis, images)
+    found = measure(network, analysis, images).scores
 
     assert_equal_scores(found, slow_drp(network, analysis, images))
     assert found["0"].sum() == pytest.approx(1.0)
@@ -264,7 +255,7 @@ def test_a_linear_layer_on_rows_of_tokens_is_scored_by_its_channels(width: int) 
         network.get_parameter("first.bias").fill_(100.0)
     analysis = analyse(network, images)
 
-    found = score(network, analysis, images)["first"]
+    found = measure(network, analysis, images).scores["first"]
 
     assert found[3] == pytest.approx(0.0, abs=1e-12), "a constant channel"
     assert (np.delete(found, 3) > 0).all()
@@ -275,7 +266,7 @@ def test_scoring_leaves_the_network_as_it_was(network: Small, images: Tensor) ->
     network.norm.eval()
     state = {name: value.clone() for name, value in network.state_dict().items()}
 
-    found = score(network, analyse(network, images), images)
+    found = measure(network, analyse(network, images), images).scores
 
     assert network.left.training
     assert not network.norm.training, "a frozen BatchNorm stays frozen"
@@ -288,7 +279,7 @@ def test_scoring_leaves_the_network_as_it_was(network: Small, images: Tensor) ->
 def test_magnitude_is_the_filters_energy_as_a_share_of_its_layer(
     network: Small, images: Tensor
 ) -> None:
-    found = score(network, analyse(network, images), images, method="magnitude")
+    found = measure(network, analyse(network, images), images, method="magnitude").scores
 
     expected: Scores = {}
     writers = {
@@ -318,7 +309,7 @@ def test_magnitude_of_a_transposed_convolution_is_of_its_output_channels(images:
         )
     )
 
-    found = score(network, analyse(network, images), images, method="magnitude")
+    found = measure(network, analyse(network, images), images, method="magnitude").scores
 
     energies = network[2].weight.detach().double().square().sum(dim=(0, 2, 3)).numpy()
     np.testing.assert_allclose(found["2"], energies / energies.sum())
@@ -328,7 +319,7 @@ def test_random_is_determined_by_its_seed(network: Small, images: Tensor) -> Non
     analysis = analyse(network, images)
 
     first, again, other = (
-        score(network, analysis, images, method="random", seed=seed) for seed in (1, 1, 2)
+        measure(network, analysis, images, method="random", seed=seed).scores for seed in (1, 1, 2)
     )
 
     for group in analysis.groups:
@@ -365,7 +356,7 @@ def test_every_method_scores_every_channel_and_leaves_the_network_alone(
     network, analysis = normed(images)
     state = {name: value.clone() for name, value in network.state_dict().items()}
 
-    found = score(network, analysis, images, method=method, targets=torch.arange(10) % 3)
+    found = measure(network, analysis, images, method=method, targets=torch.arange(10) % 3).scores
 
     assert {name: values.shape for name, values in found.items()} == {"0": (6,), "3": (5,)}
     assert all((values >= 0).all() and np.ptp(values) > 0 for values in found.values())
@@ -383,14 +374,14 @@ def test_drp_rank_puts_the_rank_of_what_is_read_in_the_place_of_its_dispersion(
     norms = network[3].weight.detach().double().square().sum(dim=(0, 2, 3)).sqrt().numpy()
     energy = (ranks.mean(axis=0) * norms) ** 2
 
-    found = score(network, analysis, images, method="drp_rank")
+    found = measure(network, analysis, images, method="drp_rank").scores
 
     np.testing.assert_allclose(found["0"], energy / energy.sum())
 
 
 def test_hrank_is_the_rank_behind_the_activation_whatever_reads_it(images: Tensor) -> None:
     network, analysis = normed(images)
-    found = score(network, analysis, images, method="hrank")
+    found = measure(network, analysis, images, method="hrank").scores
     for name, end in (("0", 3), ("3", 6)):
         with torch.no_grad():
             maps = network[:end](images)
@@ -406,7 +397,7 @@ def test_hrank_looks_behind_an_addition(network: Small, images: Tensor) -> None:
     ranks = np.array([[int(torch.linalg.matrix_rank(c)) for c in image] for image in maps])
     mean = ranks.mean(axis=0)
 
-    found = score(network, analyse(network, images), images, method="hrank")
+    found = measure(network, analyse(network, images), images, method="hrank").scores
 
     np.testing.assert_allclose(found["left"], 2 * mean / mean.sum())
 
@@ -417,7 +408,7 @@ def test_taylor_is_the_slope_of_each_images_loss_along_a_gate(images: Tensor) ->
     network, images = network.double(), images.double()
     targets = torch.arange(len(images)) % 3
 
-    found = score(network, analysis, images, method="taylor", targets=targets)["0"]
+    found = measure(network, analysis, images, method="taylor", targets=targets).scores["0"]
 
     def losses(channel: int, gate: float) -> Tensor:
         maps = network[:3](images).clone()
@@ -434,21 +425,21 @@ def test_taylor_is_the_slope_of_each_images_loss_along_a_gate(images: Tensor) ->
 
 def test_taylor_follows_the_loss_that_it_is_given(images: Tensor) -> None:
     network, analysis = normed(images)
-    found = score(
+    found = measure(
         network,
         analysis,
         images,
         method="taylor",
         targets=torch.zeros(len(images)),
         loss=lambda outputs, targets: (outputs[:, 0] * 0 + targets).mean(),
-    )
+    ).scores
     assert all((values == 0).all() for values in found.values())
 
 
 def test_bn_scale_is_the_share_of_the_scales(images: Tensor) -> None:
     network, analysis = normed(images)
     scale = network[1].weight.detach().double().abs().numpy()
-    found = score(network, analysis, images, method="bn_scale")
+    found = measure(network, analysis, images, method="bn_scale").scores
     np.testing.assert_allclose(found["0"], scale / scale.sum())
 
 
@@ -457,7 +448,7 @@ def test_fpgm_finds_the_filter_that_others_can_replace(images: Tensor) -> None:
     with torch.no_grad():
         network[0].weight[4] = network[0].weight[[0, 1, 2, 3, 5]].mean(dim=0)
 
-    found = score(network, analysis, images, method="fpgm")["0"]
+    found = measure(network, analysis, images, method="fpgm").scores["0"]
 
     filters = network[0].weight.detach().double().flatten(1)
     distances = np.array([float((filters - each).norm(dim=1).sum()) for each in filters])
@@ -489,11 +480,13 @@ def test_what_a_recurrent_layer_reads_counts_by_its_input_weights(layer: type[nn
     norms = torch.cat(weights).norm(dim=0)
     energy = ((spread.mean(0) * norms) ** 2).double().numpy()
 
-    found = score(network, analysis, images)
+    found = measure(network, analysis, images).scores
 
     np.testing.assert_allclose(found["conv"], energy / energy.sum(), rtol=1e-5)
     for method in ("drp_rank", "magnitude", "fpgm", "hrank", "taylor"):
-        others = score(network, analysis, images, method=method, targets=torch.arange(6) % 3)
+        others = measure(
+            network, analysis, images, method=method, targets=torch.arange(6) % 3
+        ).scores
         assert all(np.isfinite(values).all() for values in others.values())
 
 
@@ -510,7 +503,7 @@ def test_images_are_added_until_the_order_is_stable(network: Small) -> None:
     assert found.images == 64, "32 images and 32 more agree"
     assert found.stability.keys() == found.scores.keys()
     assert np.mean(list(found.stability.values())) >= 0.99
-    for name, values in score(network, analysis, alike[:64], method="hrank").items():
+    for name, values in measure(network, analysis, alike[:64], method="hrank").scores.items():
         np.testing.assert_array_equal(found.scores[name], values)
 
 
@@ -603,17 +596,17 @@ def test_the_plot_has_a_panel_for_each_group_and_a_line_for_each_cut(
 
 def test_an_unknown_method_is_refused(network: Small, images: Tensor) -> None:
     with pytest.raises(PruningError, match="'best' is unknown; known: drp, drp_rank, magnitude"):
-        score(network, analyse(network, images), images, method="best")
+        measure(network, analyse(network, images), images, method="best")
 
 
 def test_what_a_method_needs_is_named(network: Small, images: Tensor) -> None:
     analysis = analyse(network, images)
     with pytest.raises(PruningError, match=r"'bn_scale' needs a BatchNorm .* 'left' has none"):
-        score(network, analysis, images, method="bn_scale")
+        measure(network, analysis, images, method="bn_scale")
     with pytest.raises(PruningError, match=r"'taylor' .* needs the images' targets"):
-        score(network, analysis, images, method="taylor")
+        measure(network, analysis, images, method="taylor")
     with pytest.raises(DataError, match="expected 10 targets, one for each image, got 9"):
-        score(network, analysis, images, method="taylor", targets=torch.zeros(9).long())
+        measure(network, analysis, images, method="taylor", targets=torch.zeros(9).long())
 
 
 @pytest.mark.parametrize("method", ["drp", "hrank", "magnitude"])
@@ -625,7 +618,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
         network.last.weight[0, 0, 0, 0] = torch.nan
 
     with pytest.raises(PruningError, match=r"'last\.weight' holds NaN"):
-        score(network, analysis, images, method=method)
+        measure(network, analysis, images, method=method)
 
 
 @pytest.mark.parametrize(
@@ -643,7 +636,7 @@ def test_bad_calibration_images_are_refused(
 ) -> None:
     analysis = analyse(network, images)
     with pytest.raises(DataError, match=message):
-        score(network, analysis, change(images))
+        measure(network, analysis, change(images))
 
 
 def test_scores_that_overflow_are_refused(network: Small, images: Tensor) -> None:
@@ -651,4 +644,4 @@ def test_scores_that_overflow_are_refused(network: Small, images: Tensor) -> Non
     with torch.no_grad():
         network.stem.weight.fill_(3e38)
     with pytest.raises(PruningError, match=r"not finite|NaN or infinity"):
-        score(network, analysis, images)
+        measure(network, analysis, images)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -27,15 +25,6 @@ from greenprune.recipe import SelectorSettings
 
 FEATURES, CLASSES = 6, 4
 QUICK = SelectorSettings(hidden=16, epochs=100)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Several threads only slow such small networks down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def answers(count: int, seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:

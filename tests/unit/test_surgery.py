@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from greenprune.errors import ProofError, PruningError
 from greenprune.models import lenet5, resnet20
 from greenprune.pruning import cost, surgery
 from greenprune.pruning.graph import Analysis, Group, Slice, analyse
-from greenprune.pruning.scores import score
+from greenprune.pruning.scores import measure
 
 IMAGE = (1, 3, 8, 8)
 
@@ -134,15 +134,6 @@ NETWORKS = {
     )
 }
 ANALYSED: dict[str, tuple[nn.Module, Analysis]] = {}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads only slow such small networks down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def analysed(name: str) -> tuple[nn.Module, Analysis]:
@@ -570,7 +561,62 @@ def test_a_head_of_training_alone_is_cut_along_and_not_scored(method: str) -> No
     network, images = Auxiliary().eval(), torch.randn(4, 3, 6, 6)
     analysis = analyse(network, images)
 
-    found = score(network, analysis, images, method=method, targets=torch.arange(4))
+    found = measure(network, analysis, images, method=method, targets=torch.arange(4)).scores
 
     compact = surgery.prune_channels(network, images, {"first": [int(found["first"].argmin())]})
     assert compact.train()(images)[1].shape == (4, 5)
+
+
+class Tied(nn.Module):
+    """Decodes by its encoder's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.encoder = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu().mean((2, 3))
+        return F.linear(self.encoder(x).relu(), self.encoder.weight.t())
+
+
+def test_a_weight_that_is_read_by_itself_as_well_keeps_its_layer_whole() -> None:
+    analysis = analyse(Tied().eval(), torch.randn(2, 3, 6, 6))
+
+    assert analysis.groups == ()
+    reasons = {item.name: item.reason for item in analysis.frozen}
+    assert reasons["first"] == "'encoder.weight' is read by itself as well"
+
+
+class Casting(nn.Module):
+    """Names a type in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.out = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.first(x).relu().float()).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_a_network_that_cannot_run_in_float64_says_so() -> None:
+    with pytest.raises(ProofError, match="does not run in float64, in which surgery is proved"):
+        surgery.prune_channels(Casting().eval(), torch.randn(2, 3, 6, 6), {"first": [0]})
+
+
+def test_keywords_that_a_rule_does_not_know_keep_channels_with_the_reason() -> None:
+    class Swapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.out = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.swapaxes(self.first(x), axis0=1, axis1=3)
+            return self.out(x).mean((1, 2))  # type: ignore[no-any-return]
+
+    analysis = analyse(Swapping().eval(), torch.randn(2, 3, 6, 6))
+
+    assert analysis.groups == ()
+    assert any("called in a way that is not followed" in item.reason for item in analysis.frozen)

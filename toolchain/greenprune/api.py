@@ -118,10 +118,10 @@ def prune_network(
     """
     from greenprune.pruning import budget, surgery
     from greenprune.pruning.graph import analyse
-    from greenprune.pruning.scores import score
+    from greenprune.pruning.scores import measure
 
     analysis = analyse(network, images[:2])
-    scores = score(network, analysis, images, method=method)
+    scores = measure(network, analysis, images, method=method).scores
     removed = budget.choose(analysis, scores, macs=macs, width_multiple=width_multiple)
     return surgery.prune_channels(network, images[:2], removed)
 

@@ -174,6 +174,12 @@ def take(
     return normalise(inputs, preprocessing), split.targets[indices]
 
 
+def draw(split: Split, count: int, seed: int) -> Tensor:
+    """Indices of some of the split's images, without replacement: int64 [at most count]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(split), generator=generator)[:count]
+
+
 def batches(
     split: Split,
     preprocessing: Preprocessing | None,

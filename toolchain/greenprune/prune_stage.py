@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from greenprune import processes, registry, schema, storage
 from greenprune import stage_parts as parts
-from greenprune.data import normalise
+from greenprune.data import draw, normalise
 from greenprune.errors import NotAvailableError
 from greenprune.pipeline import Job, Work
 from greenprune.pruning import batchnorm, budget, cost, folding, gates, plots, record, surgery
@@ -39,7 +39,7 @@ def _prune_by_scores(work: Work) -> dict[str, Any]:
     job, settings = work.job, work.job.recipe.prune
     network, described = parts.load(job, "sparsify")
     analysis = analyse(network, parts.example_of(job.data))
-    chosen = parts.draw(job, settings.images, seed=job.recipe.seed + 2)
+    chosen = draw(job.data.train, settings.images, job.recipe.seed + 2)
     scoring = measure(
         network,
         analysis,
@@ -201,7 +201,7 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
     """
     if job.recipe.prune.method == "gates":
         for variant in parts.PRUNED:
-            gates.build(copy.deepcopy(network), example, _gate_settings(job, variant))
+            gates.build(network, example, _gate_settings(job, variant))
         return
     analysis = analyse(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from greenprune import models, training
-from greenprune.data import Data, Split, normalise
+from greenprune.data import Data, Split, draw, normalise
 from greenprune.errors import RecipeError
 from greenprune.pipeline import Job
 from greenprune.pruning import cost, record
@@ -45,11 +44,5 @@ def described(job: Job, network: nn.Module, accuracy: float) -> dict[str, Any]:
 
 def training_images(job: Job, count: int, *, seed: int) -> Tensor:
     """Some training images, normalised, drawn without replacement."""
-    inputs = job.data.train.inputs[draw(job, count, seed=seed)]
+    inputs = job.data.train.inputs[draw(job.data.train, count, seed)]
     return normalise(inputs, job.data.preprocessing)
-
-
-def draw(job: Job, count: int, *, seed: int) -> Tensor:
-    """Indices of training images, int64 [at most count]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(job.data.train.inputs), generator=generator)[:count]

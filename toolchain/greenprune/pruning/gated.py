@@ -245,7 +245,7 @@ class Macs(nn.Module):
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group], blocks: Sequence[str]) -> None:
         super().__init__()
-        table = analysis._cost_table
+        table = analysis.cost_table
         rows = np.flatnonzero(table.macs)
         names = [list(analysis.shapes)[row] for row in rows]
         columns = [analysis.groups.index(group) for group in groups]

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greenprune import training
-from greenprune.data import Data, batches, normalise, take
+from greenprune.data import Data, batches, draw, normalise, take
 from greenprune.errors import PruningError
 from greenprune.pruning import batchnorm, surgery
 from greenprune.pruning.budget import Removed
@@ -153,7 +153,7 @@ def train(
         width_multiple=settings.width_multiple,
     )
     compact, blocks, analysis, removed = cut(gated, settled, example)
-    drawn = _draw(data, BATCHNORM_IMAGES, seed)
+    drawn = draw(data.train, BATCHNORM_IMAGES, seed)
     images = normalise(data.train.inputs[drawn], data.preprocessing)
     batchnorm.reestimate(compact, images)
     after = training.fit(
@@ -237,15 +237,10 @@ def polarization(means: Tensor) -> Tensor:
     return (means * (1 - means)).mean()
 
 
-def _draw(data: Data, count: int, seed: int) -> Tensor:
-    """Indices of training images, int64 [at most count]: they may be sorted by class."""
-    return torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:count]
-
-
 @torch.no_grad()
 def _means(gated: Gated, data: Data, seed: int) -> tuple[Tensor, Tensor]:
     """Mean probability and mean binary gate over training images, float64 [gates] each."""
-    drawn = _draw(data, IMAGES, seed)
+    drawn = draw(data.train, IMAGES, seed)
     split = dataclasses.replace(
         data.train, inputs=data.train.inputs[drawn], targets=data.train.targets[drawn]
     )

@@ -144,47 +144,50 @@ class Analysis:
         Returns:
             MACs and parameters, int64 [choices] each.
         """
-        table = self._cost_table
-        # In float64 for BLAS; whole numbers below 2**53 stay exact.
-        gone = np.tensordot(table.per_channel.astype(float), removed.T.astype(float), axes=1)
+        table = self.cost_table
+        gone = np.tensordot(table.per_channel, removed.T.astype(float), axes=1)
         sizes = (table.sizes[:, :, np.newaxis] - gone).prod(axis=1)
-        macs = table.macs.astype(float) @ sizes + table.fixed_macs
-        return macs.astype(np.int64), (table.params.astype(float) @ sizes).astype(np.int64)
+        macs = table.macs @ sizes + table.fixed_macs
+        return macs.astype(np.int64), (table.params @ sizes).astype(np.int64)
 
     @cached_property
-    def _cost_table(self) -> _CostTable:
+    def cost_table(self) -> CostTable:
+        """What :meth:`predict_costs` counts by."""
         return _cost_table(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CostTable:
-    """Every parameter as (size of dimension 0) x (size of dimension 1) x a constant."""
+class CostTable:
+    """Every parameter as (size of dimension 0) x (size of dimension 1) x a constant.
 
-    sizes: Indices
-    """int64 [parameters, 2]"""
-    per_channel: Indices
-    """int64 [parameters, 2, groups]: what each removed channel takes off the sizes."""
-    params: Indices
-    """int64 [parameters]: entries for each pair of indices of the two dimensions."""
-    macs: Indices
-    """int64 [parameters]: MACs likewise."""
+    Whole numbers, in float64 for BLAS: below 2**53 they stay exact.
+    """
+
+    sizes: NDArray[np.float64]
+    """float64 [parameters, 2]"""
+    per_channel: NDArray[np.float64]
+    """float64 [parameters, 2, groups]: what each removed channel takes off the sizes."""
+    params: NDArray[np.float64]
+    """float64 [parameters]: entries for each pair of indices of the two dimensions."""
+    macs: NDArray[np.float64]
+    """float64 [parameters]: MACs likewise."""
     fixed_macs: int
 
 
-def _cost_table(analysis: Analysis) -> _CostTable:
+def _cost_table(analysis: Analysis) -> CostTable:
     rows = {name: row for row, name in enumerate(analysis.shapes)}
-    sizes = np.ones((len(rows), 2), dtype=np.int64)
-    params = np.empty(len(rows), dtype=np.int64)
+    sizes = np.ones((len(rows), 2))
+    params = np.empty(len(rows))
     for name, row in rows.items():
         shape = analysis.shapes[name]
         sizes[row, : len(shape[:2])] = shape[:2]
         params[row] = int(np.prod(shape[2:], dtype=np.int64))
-    per_channel = np.zeros((len(rows), 2, len(analysis.groups)), dtype=np.int64)
+    per_channel = np.zeros((len(rows), 2, len(analysis.groups)))
     for column, group in enumerate(analysis.groups):
         for part in group.parameters:
             if part.parameter in rows:
                 per_channel[rows[part.parameter], part.dim, column] = part.indices.shape[1]
-    macs = np.zeros(len(rows), dtype=np.int64)
+    macs = np.zeros(len(rows))
     fixed_macs = 0
     for layer in analysis.layers:
         weights = [name for name in rows if _is_weight(name, layer.module)]
@@ -194,7 +197,7 @@ def _cost_table(analysis: Analysis) -> _CostTable:
         entries = sum(prod(analysis.shapes[name]) for name in weights)
         for name in weights:
             macs[rows[name]] = layer.macs // entries * params[rows[name]]
-    return _CostTable(
+    return CostTable(
         sizes=sizes, per_channel=per_channel, params=params, macs=macs, fixed_macs=fixed_macs
     )
 

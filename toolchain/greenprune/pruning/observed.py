@@ -237,6 +237,7 @@ def _consumer_norms(model: nn.Module, analysis: Analysis) -> dict[str, Values]:
                     part.reads
                     and part.parameter.rpartition(".")[0] == consumer.module
                     and np.array_equal(part.indices, consumer.indices)
+                    and "weight_hh" not in part.parameter  # reads a layer's own state
                 ):
                     reading[consumer.module][part.parameter, part.dim] = None
     norms = {}

@@ -48,9 +48,15 @@ def check_equal(masked: nn.Module, smaller: nn.Module, example: Tensor) -> float
     """Run both in eval mode and return the relative difference of their outputs.
 
     Raises:
-        ProofError: it is above ``TOLERANCE``, or the smaller network fails.
+        ProofError: it is above ``TOLERANCE``, or one of the networks fails.
     """
-    expected = _outputs(masked, example)
+    try:
+        expected = _outputs(masked, example)
+    except Exception as error:
+        raise ProofError(
+            f"the network does not run in float64, in which surgery is proved: {error}; leave "
+            "other types out of its code (.float(), dtype=, tensors that are no buffers)"
+        ) from error
     try:
         found = _outputs(smaller, example)
     except Exception as error:

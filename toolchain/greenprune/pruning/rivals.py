@@ -18,10 +18,11 @@ Values = NDArray[np.float64]
 
 def magnitude(model: nn.Module, analysis: Analysis) -> dict[str, Values]:
     """Squared L2 norm of each filter, as a share of its layer's, summed over the group's layers."""
+    parameters = dict(model.named_parameters())
     scores = {}
     for group in analysis.groups:
         total = np.zeros(group.channels)
-        for filters, layer in _filters(model, group):
+        for filters, layer in _filters(parameters, group):
             total += filters.square().sum(dim=1).numpy() / max(layer, 1e-30)
         scores[group.name] = total
     return scores
@@ -33,10 +34,11 @@ def fpgm(model: nn.Module, analysis: Analysis) -> dict[str, Values]:
     The sum of a filter's Euclidean distances from the other filters of its layer that may go, as a
     share of the layer's, summed over the group's layers: what the others can replace is low.
     """
+    parameters = dict(model.named_parameters())
     scores = {}
     for group in analysis.groups:
         total = np.zeros(group.channels)
-        for filters, _ in _filters(model, group):
+        for filters, _ in _filters(parameters, group):
             distances = torch.cdist(
                 filters, filters, compute_mode="donot_use_mm_for_euclid_dist"
             ).sum(dim=1)
@@ -84,7 +86,7 @@ def random(analysis: Analysis, seed: int) -> dict[str, Values]:
     }
 
 
-def _filters(model: nn.Module, group: Group) -> Iterator[tuple[Tensor, float]]:
+def _filters(parameters: dict[str, nn.Parameter], group: Group) -> Iterator[tuple[Tensor, float]]:
     """Of each layer that writes the group: float64 [channels, entries], and the layer's energy.
 
     A filter is all weights that go with a channel because the layer writes it; those of a grouped
@@ -92,10 +94,9 @@ def _filters(model: nn.Module, group: Group) -> Iterator[tuple[Tensor, float]]:
     """
     for producer in group.producers:
         own = [
-            (part, model.get_parameter(part.parameter).detach().double().cpu())
+            (part, parameters[part.parameter].detach().double().cpu())
             for part in group.parameters
-            if part.parameter.rpartition(".")[0] == producer.module
-            and part.parameter in dict(model.named_parameters())
+            if part.parameter.rpartition(".")[0] == producer.module and part.parameter in parameters
         ]
         own = [(part, weight) for part, weight in own if weight.dim() > 1]
         written = [(part, weight) for part, weight in own if not part.reads] or own

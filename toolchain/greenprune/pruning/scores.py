@@ -40,30 +40,6 @@ class Scoring:
     empty where no half was scored."""
 
 
-def score(
-    model: nn.Module,
-    analysis: Analysis,
-    images: Tensor,
-    *,
-    method: str = "drp",
-    targets: Tensor | None = None,
-    loss: observed.Loss = F.cross_entropy,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Scores:
-    """The scores of :func:`measure`: the lowest go first."""
-    return measure(
-        model,
-        analysis,
-        images,
-        method=method,
-        targets=targets,
-        loss=loss,
-        seed=seed,
-        batch_size=batch_size,
-    ).scores
-
-
 def measure(
     model: nn.Module,
     analysis: Analysis,
@@ -188,13 +164,12 @@ def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
     Two constants agree (1); a constant says nothing about what varies (0).
     """
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
-    norms = [float(np.linalg.norm(values)) for values in ranks]
-    if 0.0 in norms:
-        return float(norms[0] == norms[1])
-    return float(ranks[0] @ ranks[1]) / (norms[0] * norms[1])
+    constant = [bool((values == values[0]).all()) for values in (first, second)]
+    if any(constant):
+        return float(all(constant))
+    return float(spearmanr(first, second).statistic)
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -45,6 +45,16 @@ class Walk(fx.Interpreter):
         self.shared = _modules_that_share_parameters(model)
         self.unfollowed: list[tuple[str, str]] = []
         self.why: dict[fx.Node, str] = {}
+        self.alone: set[str] = set()
+        """Parameters that the code reads by themselves."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; then what belongs to a parameter that is read by itself as well stays."""
+        result = super().run(*args, **kwargs)
+        for axis in self.ledger.axes.values():
+            if axis.kind == "parameter" and axis.owner in self.alone:
+                self.ledger.freeze(axis.atoms, f"'{axis.owner}' is read by itself as well")
+        return result
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -55,6 +65,7 @@ class Walk(fx.Interpreter):
             self._freeze_inputs(n, "an output of the network")
         elif n.op == "get_attr":
             self.why[n] = f"'{n.target}' is a parameter by itself"
+            self.alone.add(str(n.target))
         else:
             self.marks[n] = (
                 self._call(n, args, kwargs, result) if _holds_tensor(result) else self._number(n)
