@@ -120,3 +120,15 @@ def test_what_cannot_be_reached_is_said_before_anything_is_trained(tmp_path: Pat
     with pytest.raises(RecipeError, match=r"prune\.mild\.rates"):
         pruned(tmp_path, "prune.mild.rates={conv1 = 1.0}")
     assert not (tmp_path / "lenet5-digits" / "train").exists()
+
+
+def test_a_budget_that_changes_after_the_training_is_checked_before_the_next_one(
+    tmp_path: Path,
+) -> None:
+    pruned(tmp_path)
+
+    with pytest.raises(PruningError, match="cannot be reached"):
+        pruned(tmp_path, "sparsify.epochs=2", "prune.mild.params=0.01")
+
+    rows = (tmp_path / "lenet5-digits" / "ledger.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["stage"] == "sparsify-stopped"

@@ -140,3 +140,22 @@ def test_encode_gives_plain_data() -> None:
     assert list(made["several"]) == [dataclasses.asdict(Part(label="x"))]
     assert made["main"] == dataclasses.asdict(Part(label="main"))
     assert set(made) == {entry.name for entry in dataclasses.fields(Whole)}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"main": {"label": "x", "kind": "three"}}, "main.kind"),
+        ({"spare": {"label": "x", "kind": "three"}}, "spare.kind"),
+        ({"several": [{"label": "x", "kind": "three"}]}, "several[0].kind"),
+        ({"named": {"a": {"label": "x", "kind": "three"}}}, "named[...].kind"),
+    ],
+)
+def test_a_value_that_is_none_of_the_choices_is_told_these(
+    content: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        schema.decode({"count": 1, **content}, Whole, "here", RecipeError)
+
+    expected = f"here: key '{key}': invalid enum value 'three'; expected one of: one, two"
+    assert str(caught.value) == expected

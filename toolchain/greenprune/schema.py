@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ def decode(content: Any, kind: type[T], where: str, error: type[GreenpruneError]
         text = str(problem).replace("`", "'")
         message, _, path = text.partition(" - at ")
         key = path.strip("'").removeprefix("$").removeprefix(".") or "(top level)"
+        if message.startswith("Invalid enum value"):
+            message += f"; expected one of: {', '.join(_choices(kind, key))}"
         raise error(f"{where}: key '{key}': {message[0].lower()}{message[1:]}") from None
 
 
@@ -66,6 +69,19 @@ def _refuse_unknown_keys(
         elif origin in (list, tuple) and isinstance(content, list) and arguments:
             for index, value in enumerate(content):
                 _refuse_unknown_keys(value, arguments[0], where, f"{path}[{index}]", error)
+
+
+def _choices(kind: Any, key: str) -> list[str]:
+    """The values that the ``Literal`` at ``key``, such as ``parts[0].kind``, may have."""
+    for name, item in re.findall(r"(\w+)|(\[[^\]]*\])", key):
+        members = _members(kind)
+        if item:
+            holder = next(m for m in members if typing.get_origin(m) in (dict, list, tuple))
+            kind = typing.get_args(holder)[typing.get_origin(holder) is dict]
+        elif name:
+            kind = typing.get_type_hints(next(filter(dataclasses.is_dataclass, members)))[name]
+    literals = (m for m in _members(kind) if typing.get_origin(m) is typing.Literal)
+    return [str(choice) for literal in literals for choice in typing.get_args(literal)]
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

@@ -186,6 +186,7 @@ def sparsify(work: Work) -> dict[str, Any]:
     """Train on with CBS, so that filters and their biases reach zero together."""
     job, settings = work.job, work.job.recipe.sparsify
     network, described = parts.load(job, "train")
+    prune_stage.reach_budgets(job, network, parts.example_of(job.data))  # changed since training
     if settings.epochs == 0:
         record.save_network(work.folder / parts.NETWORK, network, described)
         return {"headline": "left out: sparsify.epochs = 0"}
