@@ -105,6 +105,12 @@ def test_what_is_no_block_stays(compute: Callable[[nn.Module, Tensor], Tensor]) 
         surgery.remove_block(model, "1")
 
 
+def test_a_block_that_changes_its_input_in_place_is_left_out() -> None:
+    """What is added to is the activation then, which goes with the branch."""
+    model = around(Residual(lambda net, x: net.conv(x.relu_()) + x))
+    assert surgery.removable_blocks(model, IMAGE) == {}
+
+
 def test_a_block_called_twice_is_left_out() -> None:
     block = Residual(lambda net, x: x + net.conv(x))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), block, block, nn.Flatten(), nn.Linear(784, 3))

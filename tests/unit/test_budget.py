@@ -106,7 +106,7 @@ def cheapest(multiple: int, keep: float) -> int:
 @settings(max_examples=40, deadline=None)
 def test_no_more_is_cut_than_the_last_step_needs(seed: int, macs: float, multiple: int) -> None:
     """Some group's last block, put back, would break the budget."""
-    scores = some_scores(ANALYSIS, seed)
+    scores = {name: values + 1e-6 for name, values in some_scores(ANALYSIS, seed).items()}
     assume(cheapest(multiple, 0.01) <= macs * DENSE.macs)
 
     removed = choose(ANALYSIS, scores, macs=macs, width_multiple=multiple, keep_at_least=0.01)
@@ -119,8 +119,23 @@ def test_no_more_is_cut_than_the_last_step_needs(seed: int, macs: float, multipl
     assert any(cost > macs * DENSE.macs for cost in with_a_block_back)
 
 
-def test_a_budget_of_all_removes_nothing() -> None:
-    assert choose(ANALYSIS, some_scores(ANALYSIS, 0), macs=1.0) == {}
+def test_a_budget_of_all_removes_what_is_dead_alone() -> None:
+    scores = {name: np.ones(width) for name, width in WIDTHS.items()}
+    assert choose(ANALYSIS, scores, macs=1.0) == {}
+
+    scores["stem"][[3, 5, 7]] = 0.0
+    scores["hidden"][:] = 0.0
+
+    dead = {"stem": (3, 5, 7), "hidden": tuple(range(16))}  # the floor keeps a fifth
+    assert choose(ANALYSIS, scores, macs=1.0, width_multiple=1) == dead
+
+
+def test_dead_channels_go_in_whole_blocks_beyond_the_budget() -> None:
+    """Ten dead ones of 24: eight go, two stay for the sake of the block; none is given back."""
+    scores = {name: np.ones(width) for name, width in WIDTHS.items()}
+    scores["wide"][:10] = 0.0
+
+    assert choose(ANALYSIS, scores, macs=0.999) == {"wide": tuple(range(8))}
 
 
 def test_the_first_cut_loses_the_least_score_for_the_macs_that_it_saves() -> None:

@@ -144,6 +144,12 @@ def test_the_aggressive_network_must_be_the_smaller_one(tmp_path: Path, aggressi
         recipe.load(path)
 
 
+def test_the_aggressive_network_may_differ_by_its_parameters_alone(tmp_path: Path) -> None:
+    text = "[prune]\nmild.macs = 0.4\naggressive.macs = 0.4\naggressive.params = 0.2\n"
+
+    assert recipe.load(written(tmp_path, text)).prune.aggressive.params == 0.2
+
+
 def test_the_operating_loss_must_be_a_row_of_the_dial(tmp_path: Path) -> None:
     path = written(tmp_path, "")
 

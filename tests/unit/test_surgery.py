@@ -474,6 +474,50 @@ def test_explanation_names_groups_readers_and_reasons() -> None:
     assert content["frozen"] == [{"name": "out", "reason": "an output of the network"}]
 
 
+def test_a_group_that_a_trial_cut_disproves_is_frozen_and_the_others_are_not() -> None:
+    """The rules take 6 * h * w, with sizes read from the input, for a size that follows."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        y = F.relu(net.b(F.relu(net.a(x))))
+        return net.out(torch.relu(net.hidden(y.reshape(-1, 6 * y.size(2) * y.size(3)))))
+
+    parts = {"a": conv(3, 5), "b": conv(5, 6), "hidden": nn.Linear(6 * 64, 8)}
+    model = Net(forward, **parts, out=nn.Linear(8, 3)).eval()
+    assert [group.name for group in analyse(model, torch.randn(IMAGE)).groups] == [
+        *("a", "b", "hidden")
+    ]
+
+    told = surgery.explain(model, torch.randn(IMAGE))
+
+    assert [group.name for group in told.analysis.groups] == ["a", "hidden"]
+    assert "b: a trial cut is refused by the proof: the compact network does not run" in str(told)
+    widths = {layer.module: layer.out_groups for layer in told.analysis.layers}
+    assert widths["a"]
+    assert not widths["b"]
+    everything = {group.name: [0] for group in told.analysis.groups}
+    surgery.prune_channels(model, torch.randn(IMAGE), everything)
+
+
+def test_code_of_training_alone_has_to_run_as_well() -> None:
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        y = F.relu(net.a(x))
+        if net.training:
+            return net.head(y) + net.aside(y.reshape(-1, 5 * y.size(2) * y.size(3)))
+        return net.head(y)
+
+    model = Net(forward, a=conv(3, 5), head=head(5), aside=nn.Linear(320, 3)).eval()
+
+    with pytest.raises(ProofError, match="does not run in training mode"):
+        surgery.prune_channels(model, torch.randn(IMAGE), {"a": [1]})
+    assert surgery.explain(model, torch.randn(IMAGE)).analysis.groups == ()
+
+
+def test_an_answer_of_zeros_proves_nothing() -> None:
+    model = nn.Sequential(conv(3, 5), conv(5, 3), nn.Threshold(1e9, 0.0)).eval()
+    with pytest.raises(PruningError, match="nothing but zeros"):
+        surgery.prune_channels(model, torch.randn(IMAGE), {"0": [1]})
+
+
 def test_names_that_count_up_are_told_as_one() -> None:
     names = ["a", *(f"b1.{n}.c2" for n in range(3)), "b1.4.c2", "b2.4.c2", "b3.5.c2", "d9", "d10"]
     assert surgery.brief(names) == "a, b1.[0-2].c2, b[1-2].4.c2, b3.5.c2, d[9-10]"
@@ -601,7 +645,7 @@ class Casting(nn.Module):
 
 
 def test_a_network_that_cannot_run_in_float64_says_so() -> None:
-    with pytest.raises(ProofError, match="does not run in float64, in which surgery is proved"):
+    with pytest.raises(PruningError, match="does not run in float64, in which surgery is proved"):
         surgery.prune_channels(Casting().eval(), torch.randn(2, 3, 6, 6), {"first": [0]})
 
 

@@ -117,10 +117,9 @@ def prune_network(
         ProofError: the compact network is not equal to the masked one.
     """
     from greenprune.pruning import budget, surgery
-    from greenprune.pruning.graph import analyse
     from greenprune.pruning.scores import measure
 
-    analysis = analyse(network, images[:2])
+    analysis = surgery.analyse_and_try(network, images[:2])
     scores = measure(network, analysis, images, method=method).scores
     removed = budget.choose(analysis, scores, macs=macs, width_multiple=width_multiple)
     return surgery.prune_channels(network, images[:2], removed)

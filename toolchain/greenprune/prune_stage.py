@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from greenprune.data import draw, normalise
 from greenprune.errors import NotAvailableError
 from greenprune.pipeline import Job, Work
 from greenprune.pruning import batchnorm, budget, cost, folding, gates, plots, record, surgery
-from greenprune.pruning.graph import Analysis, analyse
+from greenprune.pruning.graph import Analysis
 from greenprune.pruning.scores import Scores, measure
 from greenprune.recipe import VariantSettings
 
@@ -38,7 +39,7 @@ def _headline(results: dict[str, Any]) -> str:
 def _prune_by_scores(work: Work) -> dict[str, Any]:
     job, settings = work.job, work.job.recipe.prune
     network, described = parts.load(job, "sparsify")
-    analysis = analyse(network, parts.example_of(job.data))
+    analysis = surgery.analyse_and_try(network, parts.example_of(job.data))
     chosen = draw(job.data.train, settings.images, job.recipe.seed + 2)
     scoring = measure(
         network,
@@ -131,7 +132,12 @@ def _cut(
 ) -> dict[str, Any]:
     job = work.job
     cut = surgery.prune_channels(network, parts.example_of(job.data), removed)
-    compact, gained, tried = _correct(job, cut, network, analysis, removed)
+    own: VariantSettings = getattr(job.recipe.prune, variant)
+    spare = math.inf
+    if own.params < 1 and not own.rates:
+        allowed = own.params * cost.count(network, parts.example_of(job.data)).params
+        spare = allowed - cost.count(cut, parts.example_of(job.data)).params
+    compact, gained, tried = _correct(job, cut, network, analysis, removed, spare)
     pruned = described.pruned(analysis, removed).with_biases(*gained)
     record.save_network(work.folder / variant, compact, pruned)
     return {
@@ -144,9 +150,16 @@ def _cut(
 
 
 def _correct(
-    job: Job, cut: nn.Module, network: nn.Module, analysis: Analysis, removed: budget.Removed
+    job: Job,
+    cut: nn.Module,
+    network: nn.Module,
+    analysis: Analysis,
+    removed: budget.Removed,
+    spare: float,
 ) -> tuple[nn.Module, tuple[str, ...], dict[str, float]]:
     """Put right what the cut has shifted, in the way that the development split gains from most.
+
+    Folding is left out where the biases that it adds are more than the ``spare`` parameters.
 
     Returns:
         The network, the layers that gained a bias, and the accuracy of each way.
@@ -154,13 +167,14 @@ def _correct(
     images = parts.training_images(job, CORRECTION_IMAGES, seed=job.recipe.seed + 3)
     folded = copy.deepcopy(cut)
     gained = folding.fold_means(folded, network, analysis, removed, images)
+    fits = sum(folded.get_parameter(f"{name}.bias").numel() for name in gained) <= spare
     ways: dict[str, tuple[nn.Module, tuple[str, ...]]] = {"none": (cut, ())}
+    if fits:
+        ways["folded"] = (folded, gained)
     if any(isinstance(module, _BatchNorm) for module in cut.modules()):
         ways["batchnorm"] = (batchnorm.reestimated(cut, images), ())
-        ways["folded"] = (folded, gained)
-        ways["folded, batchnorm"] = (batchnorm.reestimated(folded, images), gained)
-    else:
-        ways["folded"] = (folded, gained)
+        if fits:
+            ways["folded, batchnorm"] = (batchnorm.reestimated(folded, images), gained)
     tried = {
         way: parts.evaluate(job, each, job.data.development) for way, (each, _) in ways.items()
     }
@@ -203,7 +217,7 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
         for variant in parts.PRUNED:
             gates.build(network, example, _gate_settings(job, variant))
         return
-    analysis = analyse(network, example)
+    analysis = surgery.analyse_and_try(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:
         _choose(job, analysis, level, variant)

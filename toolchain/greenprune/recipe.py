@@ -331,7 +331,6 @@ def _refuse_infinite(content: Any, where: str, key: str = "") -> None:
 
 def _check(recipe: Recipe, where: str) -> None:
     _refuse_infinite(schema.encode(recipe), where)
-    mild, aggressive = recipe.prune.mild.macs, recipe.prune.aggressive.macs
     if recipe.prune.method == "gates" and any(
         own.rates or own.params < 1 for own in (recipe.prune.mild, recipe.prune.aggressive)
     ):
@@ -344,10 +343,13 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: prune.gates.gated_epochs = {recipe.prune.gates.gated_epochs} must be at "
             f"most prune.gates.epochs = {recipe.prune.gates.epochs}, of which it is a part"
         )
-    if aggressive >= mild and not (recipe.prune.mild.rates or recipe.prune.aggressive.rates):
+    mild, aggressive = recipe.prune.mild, recipe.prune.aggressive
+    smaller = (aggressive.macs, aggressive.params) < (mild.macs, mild.params)
+    if not smaller and not (mild.rates or aggressive.rates):
         raise RecipeError(
-            f"{where}: prune.aggressive.macs = {aggressive} must be below "
-            f"prune.mild.macs = {mild}; the aggressive network is the smaller of the pair"
+            f"{where}: prune.aggressive.macs = {aggressive.macs} must be below prune.mild.macs = "
+            f"{mild.macs}, or equal to it with fewer params; the aggressive network is the smaller "
+            "of the pair"
         )
     if recipe.certify.operating_loss not in recipe.certify.max_accuracy_loss:
         raise RecipeError(

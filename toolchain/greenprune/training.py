@@ -91,7 +91,8 @@ def fit(
         label: what the progress bar says.
 
     Raises:
-        TrainingError: the loss is not finite or not a scalar; the checkpoint is damaged.
+        TrainingError: the loss is not finite or not a scalar; the checkpoint is damaged; there are
+            more processes than images in a batch.
         StorageError: the checkpoint cannot be written.
     """
     if teacher is not None and not isinstance(settings, DistillationSettings):
@@ -110,6 +111,11 @@ def fit(
         teacher = teacher.to(fabric.device).eval()
     objective = _objective(settings, loss, teacher, fabric.autocast)
     count = _steps(data.train, settings)
+    if len(data.train) // count < fabric.world_size:
+        raise TrainingError(
+            f"batches of {settings.batch_size} from {len(data.train)} images cannot be shared by "
+            f"{fabric.world_size} processes; raise batch_size to at least twice their number"
+        )
     with (
         torch.random.fork_rng(),
         _bar(fabric, label, (settings.epochs - len(losses)) * count) as advance,

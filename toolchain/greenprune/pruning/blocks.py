@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def removable_blocks(model: nn.Module, example_input: Tensor) -> dict[str, Block
     A block is a submodule, with one tensor in and one of the same shape out, that computes
     ``act(x + branch(x))``, with or without ``act``; the input may go through more than one such
     addition (attention, then MLP). Of blocks within blocks the innermost count. Blocks that are
-    called more than once are left out.
+    called more than once are left out, and so are those whose removal the proof refuses.
 
     Args:
         model: any network; it is left as it is.
@@ -61,9 +62,11 @@ def removable_blocks(model: nn.Module, example_input: Tensor) -> dict[str, Block
                 for _, _, branch in steps
             )
     macs = per_layer(model, example_input)
+    refused = proof.refused(list(found), partial(prove_blocks, model, example_input))
     return {
         name: Block(branches=found[name], saves=_saves(model, name, macs))
         for name in reversed(list(found))
+        if name not in refused
     }
 
 

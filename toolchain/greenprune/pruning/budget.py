@@ -35,7 +35,8 @@ def choose(
 
     ``global``: greedy over all groups at once. The cut that loses the least score for what it
     saves of the budgets that are still exceeded goes first; then, as the last cut may have taken
-    more than was needed, what still fits is given back, the highest scores first.
+    more than was needed, what still fits is given back, the highest scores first. Channels whose
+    score is zero go in any case: nothing is lost with them.
     ``uniform``: every group loses the same share of its channels, the smallest that is enough.
 
     Every width lands on a multiple of ``width_multiple``, since that is what kernels are blocked
@@ -142,8 +143,9 @@ class _Plan:
         self.allowed = np.array([shares["macs"], shares["params"]]) * self.dense
 
     def greedy(self) -> Counts:
-        counts = np.zeros(len(self.widths), dtype=np.int64)
-        cost = self.dense
+        dead = self._dead()
+        counts = dead.copy()
+        cost = self._costs(counts[np.newaxis])[0]
         while (over := cost > self.allowed).any():
             after = self._step_down(counts)
             possible = np.flatnonzero(after <= self.limits)
@@ -158,12 +160,18 @@ class _Plan:
             best = int(price.argmin())
             counts[possible[best]] = after[possible[best]]
             cost = costs[best]
-        return self._give_back(counts)
+        return self._give_back(counts, dead)
 
-    def _give_back(self, counts: Counts) -> Counts:
-        while (counts > 0).any():
-            before = self._step_up(counts)
-            possible = np.flatnonzero(counts > 0)
+    def _dead(self) -> Counts:
+        """How many channels each group can lose whose score is zero."""
+        zeros = np.array([np.count_nonzero(lost[1:] == 0) for lost in self.lost])
+        kept = -(-(self.widths - zeros) // self.multiple) * self.multiple
+        return np.asarray(np.minimum(self.widths - np.minimum(kept, self.widths), self.limits))
+
+    def _give_back(self, counts: Counts, least: Counts) -> Counts:
+        while (counts > least).any():
+            before = np.maximum(self._step_up(counts), least)
+            possible = np.flatnonzero(counts > least)
             fits = (self._costs(_each_alone(counts, possible, before)) <= self.allowed).all(axis=1)
             possible = possible[fits]
             if not len(possible):

@@ -190,7 +190,7 @@ def build(model: nn.Module, example_input: Tensor, settings: GateSettings) -> Ga
         raise PruningError(
             f"expected a share of the MACs above 0 and below 1 as the target, got {settings.macs}"
         )
-    analysis = analyse(model, example_input)
+    analysis = surgery.analyse_and_try(model, example_input)
     blocks = surgery.removable_blocks(model, example_input) if settings.blocks else {}
     gated = Gated(model, analysis, blocks, example_input)
     if not gated.groups:

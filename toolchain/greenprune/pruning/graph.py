@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -113,6 +113,30 @@ class Analysis:
     layers: tuple[LayerCost, ...]
     shapes: dict[str, tuple[int, ...]]
     """Of all parameters, by full name."""
+    same_in_training: bool
+    """Training runs the same code."""
+
+    def without(self, refused: Mapping[str, str]) -> Analysis:
+        """These groups frozen, each for the reason given."""
+        gone = [group for group in self.groups if group.name in refused]
+        return replace(
+            self,
+            groups=tuple(group for group in self.groups if group not in gone),
+            frozen=self.frozen
+            + tuple(
+                Frozen(name=part.module, reason=refused[group.name])
+                for group in gone
+                for part in group.producers
+            ),
+            layers=tuple(
+                replace(
+                    layer,
+                    out_groups={k: v for k, v in layer.out_groups.items() if k not in refused},
+                    in_groups={k: v for k, v in layer.in_groups.items() if k not in refused},
+                )
+                for layer in self.layers
+            ),
+        )
 
     def predict_cost(self, removed_counts: Mapping[str, int]) -> Cost:
         """Cost after removing so many channels of each group (groups left out lose none).
@@ -253,6 +277,7 @@ def analyse(model: nn.Module, example_input: Tensor) -> Analysis:
         frozen=tuple(sorted(dict.fromkeys(frozen), key=lambda item: order[item.name])),
         layers=_layers(evaluated, per_layer(evaluated, example), groups),
         shapes={name: tuple(value.shape) for name, value in evaluated.named_parameters()},
+        same_in_training=same,
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from greenprune.errors import ProofError
+from greenprune.errors import ProofError, PruningError
 from greenprune.pruning.cost import evaluating
 
 TOLERANCE = 1e-10
@@ -44,19 +44,30 @@ def _move_at_random(model: nn.Module, generator: torch.Generator) -> None:
             tensor.abs_().add_(0.1 * scale)
 
 
-def check_equal(masked: nn.Module, smaller: nn.Module, example: Tensor) -> float:
+def check_equal(
+    masked: nn.Module, smaller: nn.Module, example: Tensor, *, same_in_training: bool = True
+) -> float:
     """Run both in eval mode and return the relative difference of their outputs.
 
+    Where a network takes another way in training, it has to run there as well; as dropout and
+    stochastic depth are random, nothing can be compared.
+
     Raises:
-        ProofError: it is above ``TOLERANCE``, or one of the networks fails.
+        ProofError: the difference is above ``TOLERANCE``, or the smaller network fails.
+        PruningError: the masked network fails, or answers zeros alone, which prove nothing.
     """
     try:
         expected = _outputs(masked, example)
     except Exception as error:
-        raise ProofError(
+        raise PruningError(
             f"the network does not run in float64, in which surgery is proved: {error}; leave "
             "other types out of its code (.float(), dtype=, tensors that are no buffers)"
         ) from error
+    if not any(bool(output.any()) for output in expected):
+        raise PruningError(
+            "the network answers nothing but zeros to random input with random weights, which "
+            "surgery is proved by; expected an output that depends on its input"
+        )
     try:
         found = _outputs(smaller, example)
     except Exception as error:
@@ -71,12 +82,47 @@ def check_equal(masked: nn.Module, smaller: nn.Module, example: Tensor) -> float
             f"{difference:.3g}, expected at most {TOLERANCE:.0e}; remove something else, and "
             "please report the network"
         )
+    if not same_in_training:
+        _check_trains(masked, smaller, example)
     return difference
 
 
+def refused(names: Sequence[str], prove: Callable[[list[str]], object]) -> dict[str, str]:
+    """Which of ``names`` the proof refuses, and why: all are tried at once, then halves.
+
+    Args:
+        names: of groups or blocks.
+        prove: tries to remove something of each of these, and raises ProofError.
+    """
+    if not names:
+        return {}
+    try:
+        prove(list(names))
+    except ProofError as error:
+        half = len(names) // 2
+        found = {**refused(names[:half], prove), **refused(names[half:], prove)} if half else {}
+        return found or dict.fromkeys(names, f"a trial cut is refused by the proof: {error}")
+    return {}
+
+
+def _check_trains(masked: nn.Module, smaller: nn.Module, example: Tensor) -> None:
+    try:
+        _outputs(masked, example, training=True)
+    except Exception:  # it may need larger batches or images to train
+        return
+    try:
+        _outputs(smaller, example, training=True)
+    except Exception as error:
+        raise ProofError(
+            f"the compact network does not run in training mode: {error}; remove something else, "
+            "and please report the operation"
+        ) from error
+
+
 @torch.no_grad()
-def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
+def _outputs(model: nn.Module, example: Tensor, *, training: bool = False) -> list[Tensor]:
     with evaluating(model):
+        model.train(training)
         return _tensors(model(example.clone()))
 
 

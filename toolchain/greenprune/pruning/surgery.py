@@ -23,6 +23,7 @@ __all__ = [
     "Explanation",
     "Removed",
     "add_bias",
+    "analyse_and_try",
     "compact",
     "explain",
     "masked",
@@ -210,7 +211,30 @@ def prove(model: nn.Module, analysis: Analysis, example_input: Tensor, removed: 
     """
     reference, example = proof.reference(model, example_input)
     smaller = compact(reference, analysis, removed)
-    return proof.check_equal(masked(reference, analysis, removed), smaller, example)
+    return proof.check_equal(
+        masked(reference, analysis, removed),
+        smaller,
+        example,
+        same_in_training=analysis.same_in_training,
+    )
+
+
+def analyse_and_try(model: nn.Module, example_input: Tensor) -> Analysis:
+    """:func:`greenprune.pruning.graph.analyse`, and a trial cut of a channel of every group.
+
+    What the proof refuses is frozen: the rules took it for something that it is not. This takes as
+    long as a proof, and is for what offers groups, before hours of training go into them.
+
+    Raises:
+        PruningError: as :func:`~greenprune.pruning.graph.analyse`; or nothing can be proved.
+    """
+    analysis = analyse(model, example_input)
+
+    def cut_one_of_each(names: list[str]) -> None:
+        prove(model, analysis, example_input, {name: [0] for name in names})
+
+    refused = proof.refused([group.name for group in analysis.groups], cut_one_of_each)
+    return analysis.without(refused)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +307,9 @@ def explain(model: nn.Module, example_input: Tensor) -> Explanation:
     """Say which channels of ``model`` can be pruned together, and what is frozen and why.
 
     Raises:
-        PruningError: the network cannot be traced, or fails on ``example_input``.
+        PruningError: the network cannot be traced, fails on ``example_input``, or cannot be proved.
     """
-    return Explanation(analysis=analyse(model, example_input))
+    return Explanation(analysis=analyse_and_try(model, example_input))
 
 
 def add_bias(model: nn.Module, module_name: str) -> None:
