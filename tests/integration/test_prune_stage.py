@@ -74,6 +74,29 @@ def test_a_budget_in_parameters_cut_evenly(tmp_path: Path) -> None:
     rebuilt(answer, "aggressive")
 
 
+def test_biases_of_folding_count_in_a_budget_of_parameters(tmp_path: Path) -> None:
+    network = (
+        "model.factory=greenprune.models:crnn",
+        "model.arguments={height = 32, convolutions = [8, 16, 16], hidden = 16}",
+        "prune.width_multiple=2",
+        "prune.scope=uniform",
+        "train.epochs=1",
+    )
+    _, found = pruned(tmp_path, *network)
+    plain = {"none", "batchnorm"}
+    assert set(found["aggressive"]["corrections"]) == {*plain, "folded", "folded, batchnorm"}
+
+    answer, found = pruned(tmp_path, *network, "prune.mild.macs=1", "prune.mild.params=0.7")
+    cut, described = load_network(Path(answer["variants"]["mild"]["network"]))
+    added = sum(cut.get_parameter(f"{name}.bias").numel() for name in described.added_biases)
+    params = sum(parameter.numel() for parameter in cut.parameters())
+    share = (1 + 1e-9) * (params - added) / params * found["mild"]["params_share"]  # of the cut
+    _, exact = pruned(tmp_path, *network, "prune.mild.macs=1", f"prune.mild.params={share}")
+
+    assert exact["mild"]["params_share"] <= share
+    assert set(exact["mild"]["corrections"]) == plain
+
+
 def test_rates_for_each_group_unrounded(tmp_path: Path) -> None:
     answer, found = pruned(
         tmp_path,
