@@ -33,12 +33,12 @@ import cifar
 import numpy as np
 import torch
 from cifar import some_images, test_accuracy
-from common import write_result
+from common import keep_network, write_result
 from torch import Tensor, nn
 
 from greenprune import data, models, storage, training
 from greenprune.models.lenet import LeNet5
-from greenprune.pruning import batchnorm, budget, cost, gates, surgery
+from greenprune.pruning import batchnorm, budget, cost, gates, record, surgery
 from greenprune.pruning.gates import GateSettings
 from greenprune.pruning.graph import analyse
 from greenprune.pruning.scores import measure
@@ -82,7 +82,13 @@ def main() -> None:
             begin = time.monotonic()
             run = with_gates if method == "gates" else with_drp
             row = {"method": method, "seed": seed}
-            row |= run(dense(arguments, seed), loaded, settings, seed, folder / name)
+            found, compact, described = run(
+                dense(arguments, seed), loaded, settings, seed, folder / name
+            )
+            record.save_network(folder / "networks" / name, compact, described)
+            if seed == 0:
+                keep_network(folder / "networks" / name, f"gates_{arguments.network}_{method}")
+            row |= found
             storage.write_json(kept, row | {"seconds": time.monotonic() - begin})
             shutil.rmtree(folder / name, ignore_errors=True)
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
@@ -162,14 +168,15 @@ def dense(arguments: argparse.Namespace, seed: int) -> nn.Module:
 
 def with_gates(
     network: nn.Module, loaded: data.Data, settings: GateSettings, seed: int, checkpoints: Path
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], nn.Module, record.NetworkRecord]:
+    """Figures, the compact network, and how it is rebuilt."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     example = some_images(loaded, 1, seed)
     whole = cost.count(network, example)
     outcome = gates.train(
         network, loaded, settings, seed=seed, checkpoint=checkpoints / "gates.safetensors"
     )
-    return described(outcome.network, loaded, whole, example) | {
+    figures = figures_of(outcome.network, loaded, whole, example) | {
         "gated_test": test_accuracy(network, loaded),
         "gated_macs": outcome.gated_macs,
         "moved": outcome.moved,
@@ -177,11 +184,13 @@ def with_gates(
         "removed_blocks": outcome.removed_blocks,
         "loss": [*outcome.history.loss, *outcome.settled_history.loss],
     }
+    return figures, outcome.network, outcome.record(described(network, example))
 
 
 def with_drp(
     network: nn.Module, loaded: data.Data, settings: GateSettings, seed: int, checkpoints: Path
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], nn.Module, record.NetworkRecord]:
+    """Figures, the compact network, and how it is rebuilt."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     images = some_images(loaded, BATCHNORM_IMAGES, seed)
     epochs, losses = settings.epochs, []
@@ -215,11 +224,18 @@ def with_drp(
         checkpoint=checkpoints / "compact.safetensors",
         label="fine-tune",
     )
-    answer = described(compact, loaded, whole, images[:1])
-    return answer | {"loss": [*losses, *history.loss]}
+    figures = figures_of(compact, loaded, whole, images[:1])
+    figures["loss"] = [*losses, *history.loss]
+    return figures, compact, described(network, images).pruned(analysis, removed)
 
 
-def described(
+def described(network: nn.Module, images: Tensor) -> record.NetworkRecord:
+    """The dense network, by the factory that made it."""
+    name = "lenet5" if isinstance(network, LeNet5) else "resnet20"
+    return record.NetworkRecord.of(f"greenprune.models:{name}", {}, tuple(images.shape[1:]))
+
+
+def figures_of(
     compact: nn.Module, loaded: data.Data, whole: cost.Cost, example: Tensor
 ) -> dict[str, Any]:
     counted = cost.count(compact, example)

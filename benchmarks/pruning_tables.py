@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import RESULTS
-from tables import machine, percent, read, table
+from tables import machine, percent, read, table, validity
 
 
 def operating_points() -> str:
@@ -161,3 +161,135 @@ def _cut(found: dict[str, Any]) -> list[str]:
     if found["difference"] is None:
         return ["yes", "no mask"]
     return ["yes", f"{'yes' if found['equal'] else 'no'} ({found['difference']:.0e})"]
+
+
+def gates() -> str:
+    """One-off training beside DRP and fine-tuning."""
+    rows, costs = [], []
+    for network in ("lenet5", "resnet20"):
+        figures = read(f"gates_{network}")["figures"]
+        rows += [
+            [
+                f"{network}, {figures['epochs']} epochs, `{method}`",
+                percent(found["test"]),
+                percent(found["macs"]),
+                percent(found["params"]),
+            ]
+            for method, found in figures["methods"].items()
+        ]
+        costs.append(f"{figures['step_cost']['ratio']:.2f} times ({network})")
+    headings = ["", "test accuracy", "MACs that stay", "parameters that stay"]
+    note = (
+        "LeNet-5 on MNIST from nothing, ResNet-20 on CIFAR-10 from trained weights; mean ± "
+        f"deviation over {len(figures['rows']) // 2} seeds, no teacher. A training step with gates "
+        f"takes {' and '.join(costs)} as long as one without. `benchmarks/gates.py`."
+    )
+    return "\n".join([table(headings, rows), "", note])
+
+
+def scoring() -> str:
+    """What scoring costs, against HRank's protocol."""
+    result = read("scoring")
+    found = result["figures"]
+    ranks, protocol = found["ranks"], found["scoring"]["hrank_protocol"]
+    rows = [
+        [
+            f"matrix ranks of {ranks['maps']:,} maps, {ranks['different']} of them different",
+            f"{ranks['ours_us_a_map']:.1f} µs a map",
+            f"{ranks['loop_us_a_map']:.1f} µs a map",
+            _ratio(ranks["ratio"]),
+        ]
+    ]
+    for method in ("hrank", "drp"):
+        own = found["scoring"][method]
+        rows.append(
+            [
+                f"whole scoring, `{method}`, {own['images']} images",
+                f"{own['seconds']:.1f} s",
+                f"{protocol['seconds']:,.0f} s",
+                f"{own['ratio']:.0f}",
+            ]
+        )
+    for network, own in found["cbs"].items():
+        plain = own["plain_ms"]
+        rows.append(
+            [
+                f"training step with CBS, {network}",
+                f"{plain * own['ratio']['value']:.2f} ms",
+                f"{plain:.2f} ms without",
+                f"{_ratio(own['ratio'])}; by itself {own['alone_over_plain']:.4f}",
+            ]
+        )
+    agreed = found["scoring"]["spearman"]
+    note = (
+        "ResNet-56 on CIFAR-10. The other column is, for ranks, `torch.linalg.matrix_rank` on one "
+        "map after the other; for scoring HRank's protocol, extrapolated from three layers; "
+        f"Spearman's correlation with its ranks {agreed['all_filters']:.4f} over all filters, "
+        f"{agreed['layers_mean']:.4f} the mean of layers, {agreed['layers_min']:.4f} the lowest. "
+        f"{found['threads']} threads, {machine(result)}. `benchmarks/scoring.py`."
+    )
+    return "\n".join([table(["", "greenprune", "the other", "ratio"], rows), "", note])
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
+
+
+def googlenet() -> str:
+    """Dense and at its published point."""
+    result = read("googlenet")
+    figures = result["figures"]
+    rows = [
+        [
+            name.replace("_", " "),
+            f"{found['macs'] / 1e6:.1f} M ({found['macs_ratio']:.1%})",
+            f"{found['params']:,}",
+            f"{found['mean_latency_ms']['value']:.2f}",
+            f"{found['energy_mj']['value']:.0f}",
+            f"{found['ugco2e']['value']:.2f}",
+            "" if name == "dense" else _saved(figures["carbon_saved"][name]),
+        ]
+        for name, found in figures["networks"].items()
+    ]
+    headings = ["", "MACs", "parameters", "mean ms", "mJ", "µgCO2e", "carbon saved"]
+    note = (
+        f"One inference, batch 1, {figures['threads']} threads, ONNX Runtime, random weights, on "
+        f"{machine(result)}; energy is by {figures['meter']}, the ratio is paired. The paper "
+        f"claims {figures['claim']}. `benchmarks/googlenet.py`, preset `{figures['preset']}`"
+        f"{validity(figures['verdict']['valid'])}."
+    )
+    return "\n".join([table(headings, rows), "", note])
+
+
+def _saved(found: dict[str, float]) -> str:
+    return f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+
+def crnn_mnist() -> str:
+    """The CNN-RNN, three seeds."""
+    figures = read("crnn_mnist")["figures"]
+    rows = [
+        [
+            variant,
+            percent(found["accuracy"]),
+            f"{found['macs']['mean'] / 1e6:.2f} M",
+            f"{found['params']['mean']:,.0f}",
+            *(
+                f"{found['speedup'][runtime]['mean']:.2f} ± {found['speedup'][runtime]['deviation']:.2f}"
+                for runtime in found["speedup"]
+            ),
+        ]
+        for variant, found in figures["variants"].items()
+    ]
+    runtimes = figures["variants"]["dense"]["speedup"]
+    widths = figures["widths"][0]
+    layers = ", ".join(
+        f"{layer} {' → '.join(str(widths[each][layer]) for each in ('dense', 'mild', 'aggressive'))}"
+        for layer in widths["dense"]
+    )
+    note = (
+        f"Mean ± deviation over {len(figures['widths'])} seeds; widths of the first: {layers}. "
+        f"`benchmarks/crnn_mnist.py`, preset `quick`{validity(all(figures['bench_valid']))}."
+    )
+    headings = ["", "accuracy", "MACs", "parameters", *(f"speed-up, {name}" for name in runtimes)]
+    return "\n".join([table(headings, rows), "", note])
