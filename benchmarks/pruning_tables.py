@@ -274,17 +274,15 @@ def crnn_mnist() -> str:
             percent(found["accuracy"]),
             f"{found['macs']['mean'] / 1e6:.2f} M",
             f"{found['params']['mean']:,.0f}",
-            *(
-                f"{found['speedup'][runtime]['mean']:.2f} ± {found['speedup'][runtime]['deviation']:.2f}"
-                for runtime in found["speedup"]
-            ),
+            *(_times(ratio) for ratio in found["speedup"].values()),
         ]
         for variant, found in figures["variants"].items()
     ]
     runtimes = figures["variants"]["dense"]["speedup"]
     widths = figures["widths"][0]
+    networks = ("dense", "mild", "aggressive")
     layers = ", ".join(
-        f"{layer} {' → '.join(str(widths[each][layer]) for each in ('dense', 'mild', 'aggressive'))}"
+        f"{layer} {' → '.join(str(widths[network][layer]) for network in networks)}"
         for layer in widths["dense"]
     )
     note = (
@@ -293,3 +291,7 @@ def crnn_mnist() -> str:
     )
     headings = ["", "accuracy", "MACs", "parameters", *(f"speed-up, {name}" for name in runtimes)]
     return "\n".join([table(headings, rows), "", note])
+
+
+def _times(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.2f} ± {spread['deviation']:.2f}x"
