@@ -112,7 +112,7 @@ def build_tiny_bundle(folder: Path, scratch: Path) -> Path:
         "samples/reference_input.npy": prepared["reference"],
         "samples/replay_inputs.npy": prepared["replay"],
         "samples/replay_targets.npy": tiny_images(REPLAY, 2)[1],
-        "samples/certification_inputs.npy": prepared["replay"],
+        "samples/certification_inputs.npy": tiny_images(REPLAY, 2)[0][..., None],
         "samples/certification_targets.npy": tiny_images(REPLAY, 2)[1],
     }
     variants = {}
@@ -177,8 +177,16 @@ def build_tiny_bundle(folder: Path, scratch: Path) -> Path:
             reference_input="samples/reference_input.npy",
             replay_inputs="samples/replay_inputs.npy",
             replay_targets="samples/replay_targets.npy",
-            certification_inputs="samples/certification_inputs.npy",
-            certification_targets="samples/certification_targets.npy",
+        ),
+        certification=bundle.CertificationPlan(
+            inputs="samples/certification_inputs.npy",
+            targets="samples/certification_targets.npy",
+            thresholds=(0.9, 0.7, 0.5, 0.3),
+            max_accuracy_loss=(0.05, 0.3),
+            operating_loss=0.3,
+            reference="dense",
+            delta=0.05,
+            seed=0,
         ),
     )
     bundle.write(folder, manifest, files)

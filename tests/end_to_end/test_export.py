@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from greenprune import bundle
+from greenprune import bundle, certification
 
 
 @pytest.fixture
@@ -90,3 +91,29 @@ def test_refusal_is_one_message_and_changes_nothing(
         assert word in message
     assert snapshot(tmp_path) == before
     assert not list(tmp_path.glob("*.bundle"))
+
+
+def test_a_bundle_for_another_device_is_certified_there(
+    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arm here, where its graphs run too: from the carried images comes what x86 was promised."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("this machine is an Arm device itself")
+    done = command("greenprune-export", "--target", "arm", "--json", "-o", "arm.bundle")
+    assert done.returncode == 0, done.stderr
+    arrived = bundle.open_bundle(tmp_path / "arm.bundle").manifest
+    assert arrived.selector.threshold is None
+    assert not any(row.certified for row in arrived.selector.table)
+    assert "greenprune-bench --certify" in arrived.selector.table[0].reason
+    refused = command("greenprune-bench", "arm.bundle", "--certify")
+    assert refused.returncode == 2
+    assert "aarch64 or arm64 alone" in refused.stderr
+
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    record = certification.certify_bundle(tmp_path / "arm.bundle").selector
+
+    assert record.certified_on == "arm, onnxruntime, fp32"
+    assert command("greenprune-export", "--target", "x86", "-o", "x86.bundle").returncode == 0
+    promised = bundle.open_bundle(tmp_path / "x86.bundle").manifest
+    assert record.table == promised.selector.table
+    assert promised.certification is None, "certified already: the images stay at home"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from greenprune_calibration import certify, draw_balanced, smallest_certifiable_loss
 from greenprune_calibration.certificate import _binomial_tails, _is_bounded
 
-SIMULATIONS = 1000
+SIMULATIONS = 2000
 
 
 def allowed_failures(delta: float) -> int:
@@ -71,13 +71,16 @@ def test_it_certifies_what_is_clearly_safe() -> None:
 
 
 def test_betting_uses_what_the_pair_gains_and_binomial_does_not() -> None:
+    """How often 5,000 samples certify one point where 0.8% are harmed and 0.4% gain."""
     generator = np.random.default_rng(0)
-    uniform = generator.random((200, 5000))
-    differences = np.where(uniform < 0.008, 1.0, np.where(uniform < 0.012, -1.0, 0.0))
-    betting = _is_bounded(differences, 0.01, 0.05, "betting").mean()
-    binomial = _is_bounded(differences, 0.01, 0.05, "binomial").mean()
-    assert betting > 0.85
-    assert binomial < 0.55
+    certified = {"betting": 0, "binomial": 0}
+    for _ in range(10):
+        uniform = generator.random((SIMULATIONS // 10, 5000))
+        differences = np.where(uniform < 0.008, 1.0, np.where(uniform < 0.012, -1.0, 0.0))
+        for method in certified:
+            certified[method] += int(_is_bounded(differences, 0.01, 0.05, method).sum())  # type: ignore[arg-type]
+    assert certified["betting"] / SIMULATIONS > 0.89
+    assert certified["binomial"] / SIMULATIONS == pytest.approx(0.40, abs=0.03)
 
 
 @pytest.mark.parametrize(("n", "harms"), [(1000, 4), (2000, 12), (5000, 38), (10000, 83)])

@@ -111,6 +111,24 @@ class SelectorRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CertificationPlan:
+    """What the certificate is made from where it could not be made at the export."""
+
+    inputs: str
+    """Path of the .npy images: uint8 [N, H, W, C] before, or float32 [N, C, H, W] where the bundle
+    states no preprocessing."""
+    targets: str
+    """Path of their classes, int64 [N]."""
+    thresholds: tuple[float, ...]
+    """Strict to loose."""
+    max_accuracy_loss: tuple[float, ...]
+    operating_loss: float
+    reference: Literal["dense", "mild"]
+    delta: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Samples:
     """Paths of the .npy samples; None where the bundle has none."""
 
@@ -118,8 +136,6 @@ class Samples:
     calibration_inputs: str | None = None
     replay_inputs: str | None = None
     replay_targets: str | None = None
-    certification_inputs: str | None = None
-    certification_targets: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +158,8 @@ class Manifest:
     """``dense``, ``mild`` and ``aggressive``."""
     selector: SelectorRecord
     samples: Samples
+    certification: CertificationPlan | None = None
+    """Of a bundle for another device than the one that made it."""
     energy_mj: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Variant to ``{value, low, high, provenance}`` for each inference; empty until measured."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -404,6 +422,8 @@ def _mentioned(manifest: Manifest) -> Iterator[str]:
     for sample in dataclasses.astuple(manifest.samples):
         if sample is not None:
             yield sample
+    if manifest.certification is not None:
+        yield from (manifest.certification.inputs, manifest.certification.targets)
 
 
 def _is_safe(name: str) -> bool:

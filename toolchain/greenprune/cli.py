@@ -209,9 +209,20 @@ def export(
     help="CPU threads; 0 means one for each core.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write results as JSON.")
+@click.option(
+    "--certify",
+    is_flag=True,
+    help="Certify the bundle's pair on this device with the images that it carries; no measuring.",
+)
 @as_json
 def bench(
-    bundle: Path, preset: str, meter: str, threads: int, output: Path | None, as_json: bool
+    bundle: Path,
+    preset: str,
+    meter: str,
+    threads: int,
+    output: Path | None,
+    certify: bool,
+    as_json: bool,
 ) -> None:
     """Measure latency and joules of a BUNDLE on this device; needs no torch.
 
@@ -220,8 +231,15 @@ def bench(
       greenprune-bench digits.bundle
       greenprune-bench digits.bundle --preset quick --json
     """
-    from greenprune import harness, schema
+    from greenprune import certification, harness, schema
 
+    if certify:
+        told = certification.describe(certification.certify_bundle(bundle, threads=threads))
+        if as_json:
+            _print_json(told)
+        else:
+            click.echo(told["headline"])
+        return
     results = harness.bench(bundle, preset=preset, meter=meter, threads=threads)
     if output:
         harness.write_results(output, results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from greenprune import bundle, models, schema, storage, training
+from greenprune import bundle, certification, models, schema, storage, training
 from greenprune.bundle import VARIANTS
 from greenprune.data import Split, normalise
 from greenprune.errors import NotAvailableError, RecipeError, RunError, TargetError
@@ -25,7 +26,6 @@ from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work
 from greenprune.registry import Target, load_target
 from greenprune.runtime import decide
 from greenprune.runtime.runners import verify_artifact
-from greenprune_calibration.certificate import certify as certify_thresholds
 from greenprune_calibration.samples import draw_balanced
 
 BATCH = 100
@@ -191,59 +191,53 @@ def _right(job: Job, logits: NDArray[np.float32], split: Split) -> NDArray[np.fl
 
 def certify(work: Work) -> dict[str, Any]:
     """Certify thresholds on the deployed artifacts; report the pair on the test images."""
-    job, settings = work.job, work.job.recipe.certify
-    split = job.data.certification
-    deployed = answers(job, split)
-    rows = certify_thresholds(
-        scores=deployed["aggressive"]["score"].astype(np.float64),
-        right_aggressive=_right(job, deployed["aggressive"]["logits"], split),
-        right_mild=_right(job, deployed["mild"]["logits"], split),
-        right_reference=_right(job, deployed["dense"]["logits"], split),
-        thresholds=thresholds(job),
-        losses=settings.max_accuracy_loss,
+    job = work.job
+    plan = certification_plan(job)
+    deployed = answers(job, job.data.certification)
+    right = {
+        variant: _right(job, found["logits"], job.data.certification)
+        for variant, found in deployed.items()
+    }
+    table = certification.make_dial(deployed["aggressive"]["score"], right, plan)
+    target = load_target(job.recipe.compile.target)
+    here = certification.is_here(target.capabilities.machines)
+    if not here:
+        table = tuple(_uncertified(row, target) for row in table)
+    operating = certification.operating_row(table, plan)
+    threshold = operating.threshold if operating.certified else None
+    tested = _test_pair(job, threshold)
+    setting = bundle.setting(target.name, default_runtime(job), job.recipe.compile.precision)
+    return {
+        "table": schema.encode(table),
+        "threshold": threshold,
+        "certified_on": setting if here else "",
+        "test": tested,
+        "headline": certification.promise(operating, plan.reference, tested["coverage"]),
+    }
+
+
+def certification_plan(job: Job) -> bundle.CertificationPlan:
+    """What the certificate is made from, here or on the device."""
+    settings = job.recipe.certify
+    return bundle.CertificationPlan(
+        inputs="samples/certification_inputs.npy",
+        targets="samples/certification_targets.npy",
+        thresholds=tuple(thresholds(job)),
+        max_accuracy_loss=settings.max_accuracy_loss,
+        operating_loss=settings.operating_loss,
+        reference=settings.reference,
         delta=settings.delta,
         seed=job.recipe.seed + 40,
     )
-    table = [schema.encode(row) for row in rows]
-    operating = next(row for row in table if row["max_accuracy_loss"] == settings.operating_loss)
-    target = load_target(job.recipe.compile.target)
-    if platform.machine() not in target.capabilities.machines:
-        return _certified_elsewhere(job, table, target)
-    threshold = operating["threshold"] if operating["certified"] else None
-    tested = _test_pair(job, threshold)
-    return {
-        "table": table,
-        "threshold": threshold,
-        "certified_on": bundle.setting(
-            target.name, default_runtime(job), job.recipe.compile.precision
-        ),
-        "test": tested,
-        "headline": _promise(operating, tested),
-    }
 
 
-def _certified_elsewhere(job: Job, table: list[dict[str, Any]], target: Target) -> dict[str, Any]:
+def _uncertified(row: bundle.DialRow, target: Target) -> bundle.DialRow:
     """A certificate holds on the device alone: nothing is promised for one that is not here."""
     reason = (
         f"scored on {platform.machine()}, not on {' or '.join(target.capabilities.machines)}; "
-        "certifying on the device is not available yet"
+        "run greenprune-bench --certify on the device"
     )
-    return {
-        "table": [{**row, "certified": False, "reason": row["reason"] or reason} for row in table],
-        "threshold": None,
-        "certified_on": "",
-        "test": _test_pair(job, None),
-        "headline": f"not certified, so that mild answers everything: {reason}",
-    }
-
-
-def _promise(row: dict[str, Any], tested: dict[str, Any]) -> str:
-    if not row["certified"]:
-        return f"not certified, so that mild answers everything: {row['reason']}"
-    return (
-        f"at most {row['max_accuracy_loss'] * 100:.1f} points below the dense network with "
-        f"{1 - row['delta']:.0%} confidence (n = {row['n']:,}): accepts {tested['coverage']:.0%}"
-    )
+    return replace(row, certified=False, reason=row.reason or reason)
 
 
 def thresholds(job: Job) -> list[float]:
@@ -278,6 +272,10 @@ def write_bundle(work: Work) -> dict[str, Any]:
         for place in (job.place("calibrate"), exported)
         for path in sorted(place.glob("*.npy"))
     }
+    plan = _carried_plan(job)
+    if plan is not None:
+        files |= {plan.inputs: _decoded(job.data.certification.inputs, job)}
+        files |= {plan.targets: job.data.certification.targets.numpy()}
     files |= {f"graphs/{name}.onnx": exported / f"{name}.onnx" for name in VARIANTS}
     files |= {
         f"artifacts/{path.relative_to(compiled)}": path
@@ -286,6 +284,22 @@ def write_bundle(work: Work) -> dict[str, Any]:
     }
     manifest = bundle.write(work.folder / "bundle", _manifest(job), files)
     return {"bytes": sum(entry.bytes for entry in manifest.files.values())}
+
+
+def _carried_plan(job: Job) -> bundle.CertificationPlan | None:
+    """For a device that is not here; None where its runtime could not judge the answers."""
+    target = load_target(job.recipe.compile.target)
+    own_metric = models.resolve(job.recipe.task.metric, RecipeError)[0] is not training.accuracy
+    if certification.is_here(target.capabilities.machines) or own_metric:
+        return None
+    return certification_plan(job)
+
+
+def _decoded(inputs: torch.Tensor, job: Job) -> NDArray[Any]:
+    """Images as an app decodes them, uint8 [N, H, W, C]; prepared inputs as they are."""
+    if job.data.preprocessing is None:
+        return inputs.numpy()
+    return inputs.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _manifest(job: Job) -> bundle.Manifest:
@@ -310,7 +324,7 @@ def _manifest(job: Job) -> bundle.Manifest:
         selector=bundle.SelectorRecord(
             kind=selector["kind"],
             reason=selector["reason"],
-            reference="dense",
+            reference=recipe.certify.reference,
             threshold=certified["threshold"],
             table=tuple(bundle.DialRow(**row) for row in certified["table"]),
             certified_on=certified["certified_on"],
@@ -321,6 +335,7 @@ def _manifest(job: Job) -> bundle.Manifest:
             replay_inputs="samples/replay_inputs.npy",
             replay_targets="samples/replay_targets.npy",
         ),
+        certification=_carried_plan(job),
         provenance={
             "recipe": _without_places(schema.encode(recipe)),
             "seed": recipe.seed,

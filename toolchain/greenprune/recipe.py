@@ -195,8 +195,10 @@ class CompileSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CertifySettings:
-    """The guarantee: accuracy lost against the dense network, with what confidence."""
+    """The guarantee: accuracy lost against the reference, with what confidence."""
 
+    reference: Literal["dense", "mild"] = "dense"
+    """The network that the pair is compared with."""
     max_accuracy_loss: tuple[Probability, ...] = (0.01, 0.02, 0.03, 0.05)
     """Losses to certify, as fractions (0.01 is one point); a row of the dial each."""
     operating_loss: Probability = 0.05

@@ -1,0 +1,165 @@
+"""The certificate of a pair, on the artifacts and machine that it is to hold for (device side).
+
+Where the target is the machine that exports, the certify stage makes it. Where it is not, the
+bundle carries the certification images, routes everything to mild, and ``greenprune-bench
+--certify`` makes it on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from greenprune import bundle, schema
+from greenprune.bundle import VARIANTS, Bundle, CertificationPlan, DialRow, Manifest
+from greenprune.errors import BundleError, TargetError
+from greenprune.progress import progress
+from greenprune.registry import Runner, load_target
+from greenprune.runtime.preprocessing import preprocess
+from greenprune.runtime.session import SCORE
+from greenprune_calibration import certificate
+
+BATCH = 100
+
+
+def make_dial(
+    scores: NDArray[Any], right: Mapping[str, NDArray[np.float64]], plan: CertificationPlan
+) -> tuple[DialRow, ...]:
+    """A row for each allowed loss of ``plan``.
+
+    Args:
+        scores: the deployed selector's, [N].
+        right: variant to how right its deployed answers are, [N] in [0, 1].
+        plan: thresholds, losses, confidence, reference.
+    """
+    rows = certificate.certify(
+        scores=scores.astype(np.float64),
+        right_aggressive=right["aggressive"],
+        right_mild=right["mild"],
+        right_reference=right[plan.reference],
+        thresholds=plan.thresholds,
+        losses=plan.max_accuracy_loss,
+        delta=plan.delta,
+        seed=plan.seed,
+    )
+    return tuple(DialRow(**dataclasses.asdict(row)) for row in rows)
+
+
+def operating_row(table: Iterable[DialRow], plan: CertificationPlan) -> DialRow:
+    """The row that a session starts with."""
+    return next(row for row in table if row.max_accuracy_loss == plan.operating_loss)
+
+
+def promise(row: DialRow, reference: str, coverage: float) -> str:
+    """What a row promises, for people; ``coverage`` is the share of inputs that it accepts."""
+    if not row.certified:
+        return f"not certified, so that mild answers everything: {row.reason}"
+    return (
+        f"at most {row.max_accuracy_loss * 100:.1f} points below the {reference} network with "
+        f"{1 - row.delta:.0%} confidence (n = {row.n:,}): accepts {coverage:.0%}"
+    )
+
+
+def is_here(machines: Iterable[str]) -> bool:
+    """Whether this machine is of a target's kind: a certificate holds on that alone."""
+    return platform.machine() in machines
+
+
+def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int = 0) -> Manifest:
+    """Certify a bundle on this machine with the images that it carries, and write that into it.
+
+    An answer is right where its largest logit is the image's class.
+
+    Args:
+        path: the bundle's folder; its manifest is replaced, atomically.
+        runtime: to certify; None takes the bundle's own.
+        threads: for the runtime; 0 means one for each core.
+
+    Raises:
+        BundleError: the bundle is damaged, or carries no certification images.
+        TargetError: this machine is none of the target's, or the runtime refuses an artifact.
+    """
+    opened = bundle.open_bundle(path)
+    manifest = opened.manifest
+    plan = manifest.certification
+    if plan is None:
+        raise BundleError(
+            f"{opened.path}: carries no certification images; expected a bundle for a device other "
+            "than the one that exported it, from a recipe with the built-in metric; this one "
+            f"was certified on: {manifest.selector.certified_on or 'nothing'}"
+        )
+    target = load_target(manifest.target)
+    if not is_here(target.capabilities.machines):
+        raise TargetError(
+            f"{opened.path}: a certificate for target '{target.name}' holds on "
+            f"{' or '.join(target.capabilities.machines)} alone, and this machine is "
+            f"{platform.machine()}; run greenprune-bench --certify on the device"
+        )
+    chosen = runtime or manifest.runtime
+    scores, right = _answer(opened, plan, chosen, threads)
+    table = make_dial(scores, right, plan)
+    operating = operating_row(table, plan)
+    record = dataclasses.replace(
+        manifest.selector,
+        threshold=operating.threshold if operating.certified else None,
+        table=table,
+        certified_on=manifest.setting(chosen),
+    )
+    return bundle.update_manifest(path, {"selector": record})
+
+
+def _answer(
+    opened: Bundle, plan: CertificationPlan, runtime: str, threads: int
+) -> tuple[NDArray[Any], dict[str, NDArray[np.float64]]]:
+    """The selector's scores, [N], and how right each variant's answers are."""
+    manifest = opened.manifest
+    inputs = opened.read_array(plan.inputs)
+    targets = opened.read_array(plan.targets)
+    target = load_target(manifest.target)
+    scores: NDArray[Any] = np.empty(0)
+    right: dict[str, NDArray[np.float64]] = {}
+    with progress("certify", len(VARIANTS) * len(inputs)) as advance:
+        for variant in VARIANTS:
+            runner = target.open(opened.artifact(variant, runtime), runtime, threads)
+            try:
+                parts = [
+                    _run(runner, inputs[start : start + BATCH], manifest, advance)
+                    for start in range(0, len(inputs), BATCH)
+                ]
+            finally:
+                runner.close()
+            logits = np.concatenate([part[manifest.outputs[0].name] for part in parts])
+            right[variant] = (logits.argmax(axis=1) == targets).astype(np.float64)
+            if variant == "aggressive":
+                scores = np.concatenate([part[SCORE] for part in parts])
+    return scores, right
+
+
+def _run(
+    runner: Runner, images: NDArray[Any], manifest: Manifest, advance: Any
+) -> dict[str, NDArray[Any]]:
+    settings = manifest.preprocessing
+    if settings is None:
+        prepared = images
+    else:
+        prepared = np.concatenate([preprocess(image, settings) for image in images])
+    answers = runner.run(prepared)
+    advance(len(images))
+    return answers
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """What ``greenprune-bench --certify --json`` prints."""
+    plan = manifest.certification
+    assert plan is not None
+    operating = operating_row(manifest.selector.table, plan)
+    return {
+        "headline": promise(operating, plan.reference, operating.coverage),
+        "selector": schema.encode(manifest.selector),
+    }
