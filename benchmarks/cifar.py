@@ -11,14 +11,14 @@ from greenprune import data, training
 from greenprune.recipe import load
 
 
-def load_images(folder: Path, weights: Path, *, development: int = 0) -> data.Data:
+def load_images(folder: Path, weights: Path | None = None, *, development: int = 0) -> data.Data:
     """As the built-in recipe has it; ``development`` training images are held out."""
     recipe = load(
         "resnet56-cifar10",
         [
             f'data.path="{folder.resolve()}"',
-            f'model.weights="{weights.resolve()}"',
             f"data.development={development}",
+            *([f'model.weights="{weights.resolve()}"'] if weights else []),
         ],
     )
     return data.load(recipe.data, recipe.seed)

@@ -1,19 +1,20 @@
 """Which criterion should be the default? ResNet-20 on CIFAR-10, pruned by each and fine-tuned.
 
-    python benchmarks/criteria.py --data=DIR --weights=resnet20.th [--epochs=1] [--scope=uniform]
+    python benchmarks/criteria.py --data=DIR [--epochs=1] [--scope=uniform]
 
-Every criterion cuts the same trained network to at most half of its MACs, in the channels inside
+A network is trained from nothing for 10 epochs on 45,000 training images: published weights have
+seen all 50,000, and what they remember of a development image says little about a new one. Every
+criterion cuts this network to at most half of its MACs, in the channels inside
 the blocks and in the residual stream alike, with widths on multiples of 4; then BatchNorm is
 re-estimated and the network fine-tuned for the same epochs, without a teacher. ``--scope=global``
 lets the scores say as well which layers lose most, as greenprune does by default;
 ``--scope=uniform`` cuts every group by the same share, so that only the order within a layer
 counts, which is all that HRank and FPGM claim.
 
-5,000 training images are held out of fine-tuning; accuracy on them chooses. (The given weights have
-seen them, as they have seen all training images; the same for every criterion.) The test images
-judge once, after the last epoch, and choose nothing. Seeds draw the calibration images and the
-order of training. One result a criterion and seed is kept under ``--runs``: what is there is not
-run again, and a fine-tuning that was killed goes on from its last epoch.
+The other 5,000 training images choose: no training sees them. The test images judge once, after the
+last epoch, and choose nothing. Seeds draw the calibration images and the order of training. One
+result a criterion and seed is kept under ``--runs``: what is there is not run again, and a training
+that was killed goes on from its last epoch.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cifar import accuracy, load_images, test_accuracy
 from common import write_result
+from torch import nn
 
 from greenprune import data, models, storage, training
-from greenprune.pruning import batchnorm, budget, cost, surgery
+from greenprune.pruning import batchnorm, budget, cost, record, surgery
 from greenprune.pruning.graph import analyse
 from greenprune.pruning.scores import METHODS, measure
 from greenprune.recipe import TrainingSettings
@@ -41,12 +44,19 @@ BATCHNORM_IMAGES = 1024
 MACS = 0.5
 WIDTH_MULTIPLE = 4
 FACTORY = "greenprune.models:resnet20"
+DENSE = TrainingSettings(
+    epochs=10,
+    batch_size=128,
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    warmup_epochs=1,
+    precision="bf16",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--scope", choices=["global", "uniform"], default="global")
@@ -55,13 +65,21 @@ def main() -> None:
     begin = time.monotonic()
     name = "criteria" if arguments.scope == "global" else "criteria_uniform"
     folder = arguments.runs / f"{name}-{arguments.epochs}"
-    loaded = load_images(arguments.data, arguments.weights, development=DEVELOPMENT)
+    loaded = load_images(arguments.data, development=DEVELOPMENT)
+    dense = dense_network(loaded, arguments.runs / "criteria-dense")
+    accuracies = {
+        "dense_development": accuracy(dense, loaded, loaded.development),
+        "dense_test": test_accuracy(dense, loaded),
+    }
+    print(accuracies, flush=True)
     rows: list[dict[str, Any]] = []
     todo = [(method, seed) for seed in SEEDS for method in METHODS]
     for number, (method, seed) in enumerate(todo, start=1):
         kept = folder / f"{method}-{seed}.json"
         if not kept.exists():
-            row = run(method, seed, loaded, arguments, folder / f"{method}-{seed}.safetensors")
+            row = run(
+                method, seed, dense, loaded, arguments, folder / f"{method}-{seed}.safetensors"
+            )
             storage.write_json(kept, row)
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
         print(
@@ -74,7 +92,8 @@ def main() -> None:
         "scope": arguments.scope,
         "macs_allowed": MACS,
         "width_multiple": WIDTH_MULTIPLE,
-        "dense_development": rows[0]["dense_development"],
+        "dense_epochs": DENSE.epochs,
+        **accuracies,
         "methods": summarise(rows),
         "rows": rows,
     }
@@ -86,14 +105,28 @@ def main() -> None:
     print(write_result(name, seed=SEEDS[0], seconds=seconds, figures=figures, script="criteria"))
 
 
+def dense_network(loaded: data.Data, folder: Path) -> nn.Module:
+    """Trained, or read from ``folder``."""
+    if not folder.exists():
+        torch.manual_seed(SEEDS[0])
+        network = models.build(FACTORY, {})
+        checkpoint = folder.with_suffix(".safetensors")
+        training.fit(network, loaded, DENSE, seed=SEEDS[0], checkpoint=checkpoint, label="dense")
+        described = record.NetworkRecord.of(FACTORY, {}, tuple(loaded.train.inputs.shape[1:]))
+        record.save_network(folder, network, described)
+    return record.load_network(folder)[0].eval()
+
+
 def run(
-    method: str, seed: int, loaded: data.Data, arguments: argparse.Namespace, checkpoint: Path
+    method: str,
+    seed: int,
+    dense: nn.Module,
+    loaded: data.Data,
+    arguments: argparse.Namespace,
+    checkpoint: Path,
 ) -> dict[str, Any]:
     """Score, cut, re-estimate BatchNorm, fine-tune; accuracies after each."""
     begin = time.monotonic()
-    dense = models.build(FACTORY, {})
-    models.load_weights(dense, arguments.weights)
-    dense.eval()
     chosen = data.draw(loaded.train, BATCHNORM_IMAGES, seed)
     images = data.normalise(loaded.train.inputs[chosen], loaded.preprocessing)
     targets = loaded.train.targets[chosen]
@@ -137,7 +170,6 @@ def run(
         "reestimated": reestimated,
         "development": accuracy(compact, loaded, loaded.development),
         "test": test_accuracy(compact, loaded),
-        "dense_development": accuracy(dense, loaded, loaded.development),
         "macs": counted.macs / whole.macs,
         "params": counted.params / whole.params,
         "images": scoring.images,
