@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,12 @@ def build_tiny_bundle(folder: Path, scratch: Path) -> Path:
     )
     bundle.write(folder, manifest, files)
     return folder
+
+
+@pytest.fixture(scope="session")
+def draw_tiny() -> Callable[[int, int], tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Images that the tiny bundle was made for: see :func:`tiny_images`."""
+    return tiny_images
 
 
 @pytest.fixture(scope="session")

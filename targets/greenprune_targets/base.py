@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,6 +96,8 @@ def processor(root: Path = Path("/")) -> dict[str, Any]:
 
 def version(package: str) -> str | None:
     """Installed version of ``package``; None where it is absent."""
+    from importlib import metadata  # slow to import, and a session asks for no version
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
+from collections import deque
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,26 +60,30 @@ class X86(BaseTarget):
 
 
 class OpenVinoRunner:
-    """A compiled OpenVINO model, with one inference request for each calling thread."""
+    """A compiled OpenVINO model, with as many inference requests as there were calls at once."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
-        self._local = threading.local()
+        self._idle: deque[Any] = deque()
         self.input_name: str = compiled.inputs[0].get_any_name()
         self.output_names: tuple[str, ...] = tuple(out.get_any_name() for out in compiled.outputs)
 
     def run(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Outputs by name, of float32 inputs [N, C, H, W]."""
-        request = getattr(self._local, "request", None)
-        if request is None:
-            request = self._local.request = self._compiled.create_infer_request()
-        answers = request.infer([np.ascontiguousarray(inputs)], share_inputs=True)
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        try:
+            answers = request.infer([np.ascontiguousarray(inputs)], share_inputs=True)
+        finally:
+            self._idle.append(request)
         return {name: answers[index] for index, name in enumerate(self.output_names)}
 
     def close(self) -> None:
-        """Drop the model and this thread's request."""
+        """Drop the model and its requests."""
         self._compiled = None
-        self._local = threading.local()
+        self._idle.clear()
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from greenprune.bundle import open_bundle
 from greenprune.errors import BundleError, TargetError
 from greenprune.registry import load_target
-from greenprune.runtime import AdaptiveSession
+from greenprune.runtime import AdaptiveSession, Policy
 from greenprune.runtime.runners import verify_artifact
 
 APP = Path(__file__).resolve().parents[2] / "deploy_examples" / "classify_folder.py"
@@ -39,7 +40,8 @@ def test_the_pair_is_its_two_networks(tiny_bundle: Path, runtime: str) -> None:
     threshold = float(np.sort(aggressive["score"])[20:22].mean())  # between two, not on one
     accepted = aggressive["score"] >= threshold
     expected = np.where(accepted[:, None], aggressive["logits"], mild)
-    with AdaptiveSession(tiny_bundle, runtime=runtime, threads=1, threshold=threshold) as session:
+    policy = Policy(threshold=threshold, allow_uncertified=True)
+    with AdaptiveSession(tiny_bundle, policy=policy, runtime=runtime, threads=1) as session:
         session.warmup()
         (logits,), info = session.run_with_info(None, {"input": inputs})
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
@@ -49,6 +51,41 @@ def test_the_pair_is_its_two_networks(tiny_bundle: Path, runtime: str) -> None:
             (alone,) = session.run(["logits"], {"input": inputs[index : index + 1]})
             np.testing.assert_allclose(alone[0], logits[index], rtol=1e-4, atol=1e-5)
         assert session.statistics.routes == {"aggressive": 86, "mild": 42, "dense": 0}
+
+
+def test_eight_threads_answer_as_one(tiny_bundle: Path, runtime: str) -> None:
+    inputs = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")
+    scores = answers(tiny_bundle, runtime, "aggressive", inputs)["score"]
+    policy = Policy(threshold=float(np.median(scores)), allow_uncertified=True)
+    with AdaptiveSession(tiny_bundle, policy=policy, runtime=runtime, threads=1) as session:
+        images = [inputs[index : index + 1] for index in range(len(inputs))]
+
+        def turn(start: int) -> list[Any]:
+            order = [(start + 7 * step) % len(images) for step in range(300)]
+            return [(i, session.run(None, {"input": images[i]})[0]) for i in order]
+
+        alone = [session.run(None, {"input": image})[0] for image in images]
+        with ThreadPoolExecutor(8) as pool:
+            for found in pool.map(turn, range(8)):
+                for index, logits in found:
+                    np.testing.assert_array_equal(logits, alone[index])
+        found = session.statistics
+    assert found.calls == len(images) + 8 * 300
+    assert 0.3 < found.routes["aggressive"] / found.calls < 0.7
+    assert found.faults == found.failed == 0
+
+
+def test_asynchronous_answers_are_the_same(tiny_bundle: Path, runtime: str) -> None:
+    inputs = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")
+    got: dict[int, Any] = {}
+    with AdaptiveSession(tiny_bundle, runtime=runtime, threads=1, max_pending=100) as session:
+        expected = [session.run(None, {"input": inputs[i : i + 1]})[0] for i in range(64)]
+        for index in range(64):
+            feeds = {"input": inputs[index : index + 1]}
+            session.run_async(None, feeds, lambda out, i, error: got.setdefault(i, out), index)
+    assert sorted(got) == list(range(64))
+    for index, outputs in got.items():
+        np.testing.assert_array_equal(outputs[0], expected[index])
 
 
 @pytest.mark.parametrize("variant", ["dense", "mild", "aggressive"])

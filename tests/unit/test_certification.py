@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from greenprune import bundle, certification, cli
 from greenprune.bundle import CertificationPlan, DialRow
 from greenprune.errors import BundleError, TargetError
-from greenprune.runtime import AdaptiveSession
+from greenprune.runtime import AdaptiveSession, Policy
+from greenprune.runtime.policy import ROUTES
 from greenprune_calibration import certify
 
 PLAN = CertificationPlan(
@@ -35,13 +36,20 @@ def test_the_dial_is_the_certificate_of_these_answers_against_the_named_referenc
     right = {name: (generator.random(1000) < 0.9).astype(float) for name in ("dense", "mild")}
     right["aggressive"] = np.where(scores > 0.4, right["mild"], 0.0)
 
-    table = certification.make_dial(scores, right, PLAN)
+    answers = np.zeros((1000, 2))
+    moved = answers.copy()
+    moved[scores < 0.6, 1] = 1.0
+    logits = {"aggressive": moved, "mild": answers, "dense": answers}
+
+    table = certification.make_dial(scores, logits, right, PLAN)
 
     expected = certify(
         scores.astype(float), right["aggressive"], right["mild"], right["mild"],
         (0.9, 0.5), (0.02, 0.1), delta=0.05, seed=3,
     )  # fmt: skip
-    assert [vars(row) for row in table] == [vars(row) for row in expected]
+    shared = [{key: vars(row)[key] for key in vars(expected[0])} for row in table]
+    assert shared == [vars(row) for row in expected]
+    assert table[1].disagreement == pytest.approx((scores[scores >= 0.5] < 0.6).mean())
     assert certification.operating_row(table, PLAN).max_accuracy_loss == 0.1
     assert table[1].threshold == 0.5
     told = certification.promise(table[1], "mild", 0.6)
@@ -68,7 +76,7 @@ def test_a_bundle_is_certified_where_it_runs_and_routes_to_mild_until_then(
         feeds = {"input": session.preprocess(images[0])}
         _, info = session.run_with_info(None, feeds)
     assert info.routes == ("mild",)
-    assert not info.certified
+    assert info.certified == (False,)
 
     done = CliRunner().invoke(cli.bench, [str(tiny_bundle), "--certify", "--json"])
 
@@ -84,7 +92,7 @@ def test_a_bundle_is_certified_where_it_runs_and_routes_to_mild_until_then(
     assert operating.certified
     with AdaptiveSession(tiny_bundle) as session:
         _, info = session.run_with_info(None, feeds)
-    assert info.certified
+    assert info.certified == (True,)
 
 
 def expected_dial(path: Path) -> tuple[DialRow, ...]:
@@ -94,18 +102,22 @@ def expected_dial(path: Path) -> tuple[DialRow, ...]:
     assert plan is not None
     images, targets = opened.read_array(plan.inputs), opened.read_array(plan.targets)
     right: dict[str, Any] = {}
-    for route in ("dense", "mild", "aggressive"):
-        with AdaptiveSession(path, route=route) as session:
+    answers: dict[str, Any] = {}
+    for route in ROUTES:
+        with AdaptiveSession(path, policy=Policy(route=route)) as session:
             logits = [
                 session.run(None, {"input": session.preprocess(image)})[0] for image in images
             ]
-        right[route] = (np.concatenate(logits).argmax(axis=1) == targets).astype(float)
-    with AdaptiveSession(path, threshold=-1.0) as session:
+        answers[route] = np.concatenate(logits)
+        right[route] = (answers[route].argmax(axis=1) == targets).astype(float)
+    with AdaptiveSession(
+        path, policy=Policy(threshold=-1.0, allow_uncertified=True), drift=None
+    ) as session:
         scores = [
             session.run_with_info(None, {"input": session.preprocess(image)})[1].scores
             for image in images
         ]
-    return certification.make_dial(np.concatenate(scores), right, plan)
+    return certification.make_dial(np.concatenate(scores), answers, right, plan)
 
 
 def test_a_certificate_holds_on_the_device_alone(

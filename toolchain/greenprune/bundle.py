@@ -94,6 +94,9 @@ class DialRow:
     reference_accuracy: float
     reason: str = ""
     """Why a row is not certified."""
+    disagreement: float | None = None
+    """Share of the accepted images for which aggressive and mild answer another class; None where
+    nothing is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)

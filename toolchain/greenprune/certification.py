@@ -21,21 +21,26 @@ from greenprune.bundle import VARIANTS, Bundle, CertificationPlan, DialRow, Mani
 from greenprune.errors import BundleError, TargetError
 from greenprune.progress import progress
 from greenprune.registry import Runner, load_target
+from greenprune.runtime.networks import SCORE
 from greenprune.runtime.preprocessing import preprocess
-from greenprune.runtime.session import SCORE
+from greenprune.runtime.selector import decide
 from greenprune_calibration import certificate
 
 BATCH = 100
 
 
 def make_dial(
-    scores: NDArray[Any], right: Mapping[str, NDArray[np.float64]], plan: CertificationPlan
+    scores: NDArray[Any],
+    logits: Mapping[str, NDArray[Any]],
+    right: Mapping[str, NDArray[np.float64]],
+    plan: CertificationPlan,
 ) -> tuple[DialRow, ...]:
     """A row for each allowed loss of ``plan``.
 
     Args:
         scores: the deployed selector's, [N].
-        right: variant to how right its deployed answers are, [N] in [0, 1].
+        logits: variant to its deployed answers, [N, classes].
+        right: variant to how right these are, [N] in [0, 1].
         plan: thresholds, losses, confidence, reference.
     """
     rows = certificate.certify(
@@ -48,7 +53,13 @@ def make_dial(
         delta=plan.delta,
         seed=plan.seed,
     )
-    return tuple(DialRow(**dataclasses.asdict(row)) for row in rows)
+    differ = logits["aggressive"].argmax(axis=1) != logits["mild"].argmax(axis=1)
+    made = []
+    for row in rows:
+        accepted = decide(scores, row.threshold)
+        disagreement = float(differ[accepted].mean()) if accepted.any() else None
+        made.append(DialRow(**dataclasses.asdict(row), disagreement=disagreement))
+    return tuple(made)
 
 
 def operating_row(table: Iterable[DialRow], plan: CertificationPlan) -> DialRow:
@@ -102,8 +113,13 @@ def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int
             f"{platform.machine()}; run greenprune-bench --certify on the device"
         )
     chosen = runtime or manifest.runtime
-    scores, right = _answer(opened, plan, chosen, threads)
-    table = make_dial(scores, right, plan)
+    scores, logits = _answer(opened, plan, chosen, threads)
+    targets = opened.read_array(plan.targets)
+    right = {
+        variant: (answers.argmax(axis=1) == targets).astype(np.float64)
+        for variant, answers in logits.items()
+    }
+    table = make_dial(scores, logits, right, plan)
     operating = operating_row(table, plan)
     record = dataclasses.replace(
         manifest.selector,
@@ -116,14 +132,13 @@ def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int
 
 def _answer(
     opened: Bundle, plan: CertificationPlan, runtime: str, threads: int
-) -> tuple[NDArray[Any], dict[str, NDArray[np.float64]]]:
-    """The selector's scores, [N], and how right each variant's answers are."""
+) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+    """The selector's scores, [N], and each variant's logits, [N, classes]."""
     manifest = opened.manifest
     inputs = opened.read_array(plan.inputs)
-    targets = opened.read_array(plan.targets)
     target = load_target(manifest.target)
     scores: NDArray[Any] = np.empty(0)
-    right: dict[str, NDArray[np.float64]] = {}
+    logits: dict[str, NDArray[Any]] = {}
     with progress("certify", len(VARIANTS) * len(inputs)) as advance:
         for variant in VARIANTS:
             runner = target.open(opened.artifact(variant, runtime), runtime, threads)
@@ -134,11 +149,10 @@ def _answer(
                 ]
             finally:
                 runner.close()
-            logits = np.concatenate([part[manifest.outputs[0].name] for part in parts])
-            right[variant] = (logits.argmax(axis=1) == targets).astype(np.float64)
+            logits[variant] = np.concatenate([part[manifest.outputs[0].name] for part in parts])
             if variant == "aggressive":
                 scores = np.concatenate([part[SCORE] for part in parts])
-    return scores, right
+    return scores, logits
 
 
 def _run(

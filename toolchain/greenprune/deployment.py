@@ -198,7 +198,8 @@ def certify(work: Work) -> dict[str, Any]:
         variant: _right(job, found["logits"], job.data.certification)
         for variant, found in deployed.items()
     }
-    table = certification.make_dial(deployed["aggressive"]["score"], right, plan)
+    logits = {variant: found["logits"] for variant, found in deployed.items()}
+    table = certification.make_dial(deployed["aggressive"]["score"], logits, right, plan)
     target = load_target(job.recipe.compile.target)
     here = certification.is_here(target.capabilities.machines)
     if not here:

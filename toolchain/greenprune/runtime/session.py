@@ -8,88 +8,69 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from greenprune.errors import BundleError, DataError
+from greenprune.runtime import policy as policies
 from greenprune.runtime import preprocessing
-from greenprune.runtime.selector import decide
+from greenprune.runtime.drift import DriftGuard, DriftMonitor
+from greenprune.runtime.feeds import Feeds, Interface, NodeArg, node
+from greenprune.runtime.networks import Networks
+from greenprune.runtime.outcome import Outcome, RunInfo, estimate_mj
+from greenprune.runtime.policy import NOTHING, Plan, Point, Policy
+from greenprune.runtime.routing import Router
+from greenprune.runtime.statistics import Counters, Statistics
 
 if TYPE_CHECKING:
-    from greenprune import bundle, registry
+    from greenprune.bundle import DialRow
+    from greenprune.runtime.asynchronous import AsyncCalls
 
-Route = Literal["aggressive", "mild", "dense"]
-ROUTES: tuple[Route, ...] = get_args(Route)
-SCORE = "score"
+Callback = Callable[[list[NDArray[Any]] | None, Any, BaseException | None], None]
 WARMUP_RUNS = 10
-ONNX_TYPES = {"float32": "tensor(float)"}
-
-
-class NodeArg(NamedTuple):
-    """An input or output, with the names that ONNX Runtime gives these fields."""
-
-    name: str
-    shape: list[int | str]
-    type: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunInfo:
-    """What happened to each sample of one call."""
-
-    routes: tuple[Route, ...]
-    """The network that answered."""
-    scores: NDArray[np.float32]
-    """[N]; NaN where the selector was not asked or failed."""
-    threshold: float | None
-    certified: bool
-    """Whether the bundle's certificate covers this session: its runtime, its threshold."""
-    faults: tuple[str | None, ...]
-    """Why a sample went to mild other than by its score; None where nothing went wrong."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """Counts since the session was opened."""
-
-    calls: int
-    routes: dict[Route, int]
-    """Samples by the network that answered."""
-    faults: int
-    """Samples that went to mild for a fault of the aggressive network or its score."""
-
-
-class _Outcome(NamedTuple):
-    """The answers to one call, and how they came about."""
-
-    outputs: dict[str, NDArray[Any]]
-    accepted: NDArray[np.bool_] | None = None
-    """None where the route was fixed."""
-    scores: NDArray[Any] | None = None
-    faulty: NDArray[np.bool_] | None = None
-    """The samples that ``fault`` sent to mild; None where nothing went wrong."""
-    fault: str | None = None
+GUARD = DriftGuard()
+CLOSED = "the session is closed; open a new AdaptiveSession"
 
 
 class AdaptiveSession:
     """A bundle opened for inference; safe to call from several threads.
 
     A sample's answer and route do not depend on the other samples of its batch (to float rounding,
-    which may vary with the batch's size).
+    which may vary with the batch's size). Policy, breaker, deadline and alarm hold for a whole
+    call.
 
     Args:
         bundle_path: the bundle's folder.
+        policy: how far the aggressive network is trusted; by default the row that the bundle
+            starts with. See :attr:`policy`.
         runtime: one that the bundle has artifacts for; None takes the bundle's own choice.
         threads: for the runtime; 0 means one for each core.
-        threshold: accept where ``score >= threshold``; by default the bundle's; None accepts
-            nothing, so that mild answers everything and aggressive is not run.
-        route: a network that answers everything; None lets the selector decide.
+        mild: ``resident`` opens the mild network with the session, ``lazy`` when it is first
+            needed, which makes that call slow.
+        on_fault: when mild fails: ``raise`` passes its error on; ``degrade`` returns the aggressive
+            network's answer, flagged ``degraded``. A failing aggressive network, or a score that
+            is not a number, always sends its samples to mild.
+        deadline_ms: of each call, from its beginning. Where what is left is too short for mild's
+            99th percentile (known from :meth:`warmup` and earlier calls), the aggressive answer is
+            returned, flagged ``degraded`` and outside the guarantee. A network that has begun is
+            not stopped: a call that ends too late is flagged ``late``.
+        drift: the guard of the guarantee, which holds for inputs like the certificate's; None
+            turns it off. It costs its share of mild's energy, 1%, and makes an audited call as
+            slow as an escalated one. Audits need a bundle whose dial tells how often its networks
+            disagreed; without, the rate of accepted inputs is watched alone, which costs nothing.
+        on_drift: called once with the reason when the guard raises its alarm; None warns.
+        breaker_faults: so many calls in a row for which the aggressive network failed leave it in
+            peace for ``breaker_seconds``: mild answers, then one call tries again.
+        breaker_seconds: see there; also how often a mild network that looks too slow for the
+            deadline is tried again.
+        max_pending: calls of :meth:`run_async` that may wait or run at once.
 
     Raises:
         BundleError: the bundle is damaged or does not have what is asked for.
@@ -101,35 +82,81 @@ class AdaptiveSession:
         self,
         bundle_path: Path | str,
         *,
+        policy: Policy | None = None,
         runtime: str | None = None,
         threads: int = 0,
-        threshold: float | EllipsisType | None = ...,
-        route: Route | None = None,
+        mild: Literal["resident", "lazy"] = "resident",
+        on_fault: Literal["raise", "degrade"] = "raise",
+        deadline_ms: float | None = None,
+        drift: DriftGuard | None = GUARD,
+        on_drift: Callable[[str], None] | None = None,
+        breaker_faults: int = 5,
+        breaker_seconds: float = 30.0,
+        max_pending: int = 4,
     ) -> None:
         from greenprune import bundle  # here, so that importing the runtime is quick
 
-        if route is not None and route not in ROUTES:
-            raise BundleError(f"route = {route!r}: expected None or one of {', '.join(ROUTES)}")
+        _one_of("mild", mild, ("resident", "lazy"))
+        _one_of("on_fault", on_fault, ("raise", "degrade"))
+        _positive("deadline_ms", deadline_ms)
+        for name, value in (
+            ("breaker_faults", breaker_faults),
+            ("breaker_seconds", breaker_seconds),
+            ("max_pending", max_pending),
+        ):
+            _positive(name, value)
         opened = bundle.open_bundle(bundle_path)
         self._manifest = manifest = opened.manifest
-        self._threshold = _threshold(manifest.selector, threshold)
-        self._route: Route | None = route
-        if route is None and self._threshold is None:
-            self._route = "mild"
         self.runtime = runtime or manifest.runtime
-        self._certified = route is None and _is_certified(manifest, self.runtime, self._threshold)
-        self._input = manifest.input.name
-        self._shape = manifest.input.shape[1:]
-        self._outputs = tuple(output.name for output in manifest.outputs)
-        self._lock = threading.Lock()
-        self._calls = self._faults = 0
-        self._samples: dict[Route, int] = dict.fromkeys(ROUTES, 0)
-        self._runners = _open(opened, self._route, self.runtime, threads)
+        self._interface = Interface(manifest)
+        self._energies_mj = policies.energies_mj(manifest, self.runtime)
+        self._provenance = policies.provenance(manifest) if self._energies_mj else None
+        self._lazy, self._deadline_ms = mild == "lazy", deadline_ms
+        self._on_drift, self._max_pending = on_drift, max_pending
+        self._lock = threading.Lock()  # of all that follows
+        self._idle = threading.Condition(self._lock)
+        self._closed = False
+        self._running = 0
+        self._counters = Counters()
+        self._monitor = DriftMonitor(drift) if drift else None
+        self._async: AsyncCalls | None = None
+        self._networks = Networks(opened, self.runtime, threads)
+        self._router = Router(
+            self._networks,
+            degrades=on_fault == "degrade",
+            breaker_faults=breaker_faults,
+            breaker_seconds=breaker_seconds,
+            monitor=self._monitor,
+            lock=self._lock,
+        )
+        self._plan = self._prepare(policy or Policy())
+
+    @property
+    def policy(self) -> Policy:
+        """How far the aggressive network is trusted; may be set at any time.
+
+        Calls in flight end under the policy that they began with. A policy that the bundle cannot
+        keep raises BundleError, which lists the rows of the dial, and changes nothing. An alarm of
+        the drift guard outlives it: see :meth:`reset_drift`.
+        """
+        return self._plan.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        plan = self._prepare(policy)
+        with self._lock:
+            self._plan = plan
+
+    @property
+    def dial(self) -> tuple[DialRow, ...]:
+        """The rows that :attr:`policy` chooses among; certified means on this session's runtime."""
+        return policies.dial(self._manifest, self.runtime)
 
     @property
     def threshold(self) -> float | None:
-        """Accept where ``score >= threshold``; None accepts nothing."""
-        return self._threshold
+        """Accept where ``score >= threshold``, for the next call; None accepts nothing."""
+        with self._lock:
+            return None if self._plan.route else self._point(self._plan).threshold
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -140,15 +167,34 @@ class AdaptiveSession:
     def statistics(self) -> Statistics:
         """Counts since the session was opened, taken together at one moment."""
         with self._lock:
-            return Statistics(calls=self._calls, routes=dict(self._samples), faults=self._faults)
+            counts, controller = self._counters, self._plan.controller
+            p50, p99 = counts.latency_ms()
+            return Statistics(
+                calls=counts.calls,
+                routes=dict(counts.routes),
+                faults=counts.faults,
+                degraded=counts.degraded,
+                late=counts.late,
+                failed=counts.failed,
+                dropped=counts.dropped,
+                audits=counts.audits,
+                disagreements=counts.disagreements,
+                drift=self._alarm(),
+                breaker_open=self._router.breaker.is_open,
+                over_budget=controller is not None and controller.out_of_reach,
+                energy_mj=estimate_mj(counts.ran, self._energies_mj) if self._energies_mj else None,
+                energy_provenance=self._provenance,
+                latency_p50_ms=p50,
+                latency_p99_ms=p99,
+            )
 
     def get_inputs(self) -> list[NodeArg]:
         """As ONNX Runtime's: name, shape and type of the input."""
-        return [_node(self._manifest.input)]
+        return [node(self._manifest.input)]
 
     def get_outputs(self) -> list[NodeArg]:
         """As ONNX Runtime's: name, shape and type of each output."""
-        return [_node(output) for output in self._manifest.outputs]
+        return [node(output) for output in self._manifest.outputs]
 
     def preprocess(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """One decoded image, uint8 [H, W, C] or [H, W], to an input, float32 [1, C, H, W].
@@ -166,59 +212,130 @@ class AdaptiveSession:
         return preprocessing.preprocess(image, settings)
 
     def run(
-        self, output_names: Sequence[str] | None, feeds: Mapping[str, NDArray[np.float32]]
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        *,
+        deadline_ms: float | None = None,
     ) -> list[NDArray[Any]]:
         """As ONNX Runtime's: the outputs asked for (None: all), for feeds of the one input.
 
         Args:
             output_names: as in :meth:`get_outputs`.
-            feeds: the input's name to float32 [N, C, H, W], N >= 1.
+            feeds: the input's name to float32 [N, C, H, W], N >= 1, finite.
+            deadline_ms: of this call; None: the session's.
 
         Raises:
-            DataError: an unknown name, a wrong dtype or shape.
-            BundleError: the session is closed.
+            DataError: an unknown name, a wrong dtype or shape, a value that is not finite.
+            BundleError: the session is closed; with a lazy mild network, its file is unusable.
 
-        What the mild network raises is passed on; a failing aggressive network only sends its
-        samples to mild.
+        What the mild network raises is passed on unless ``on_fault="degrade"``.
         """
-        names = self._names(output_names)
-        outcome = self._answer(self._checked(feeds))
-        return [outcome.outputs[name] for name in names]
+        start = perf_counter()
+        names = self._interface.names(output_names)
+        outputs = self._call(self._interface.checked(feeds), start, deadline_ms).outputs
+        return [outputs[name] for name in names]
 
     def run_with_info(
-        self, output_names: Sequence[str] | None, feeds: Mapping[str, NDArray[np.float32]]
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        *,
+        deadline_ms: float | None = None,
     ) -> tuple[list[NDArray[Any]], RunInfo]:
         """:meth:`run`, and what happened to each sample."""
-        names = self._names(output_names)
-        inputs = self._checked(feeds)
-        outcome = self._answer(inputs)
-        nothing = np.zeros(len(inputs), dtype=np.bool_)
-        routes: tuple[Route, ...] = (self._route or "mild",) * len(inputs)
-        if outcome.accepted is not None:
-            routes = tuple("aggressive" if yes else "mild" for yes in outcome.accepted)
-        scores = np.full(len(inputs), np.nan) if outcome.scores is None else outcome.scores
-        faulty = nothing if outcome.faulty is None else outcome.faulty
-        return [outcome.outputs[name] for name in names], RunInfo(
-            routes=routes,
-            scores=scores.astype(np.float32),
-            threshold=self._threshold,
-            certified=self._certified,
-            faults=tuple(outcome.fault if bad else None for bad in faulty),
-        )
+        start = perf_counter()
+        names = self._interface.names(output_names)
+        inputs = self._interface.checked(feeds)
+        outcome = self._call(inputs, start, deadline_ms)
+        info = outcome.info(len(inputs), self._energies_mj, self._provenance)
+        return [outcome.outputs[name] for name in names], info
+
+    def run_async(
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        callback: Callback,
+        user_data: Any = None,
+        *,
+        deadline_ms: float | None = None,
+    ) -> bool:
+        """:meth:`run` in a thread of the session, in the order of the calls.
+
+        ``callback(outputs, user_data, error)`` is called exactly once for a call that was taken,
+        from that thread (from :meth:`close`'s for a cancelled one); ``error`` is None, or
+        ``outputs`` is. What it raises is logged. The deadline counts from here, the wait included.
+        The array must not be changed before: it is not copied.
+
+        Returns:
+            Whether the call was taken. False where ``max_pending`` calls wait or run: then the
+            callback is never called, and the app drops the frame or tries again
+            (``max_pending=1`` drops while busy).
+
+        Raises:
+            DataError: as :meth:`run`, at once.
+            BundleError: the session is closed.
+        """
+        from greenprune.runtime.asynchronous import AsyncCalls
+
+        start = perf_counter()
+        names = self._interface.names(output_names)
+        inputs = self._interface.checked(feeds)
+        self._due(start, deadline_ms)
+
+        def work() -> list[NDArray[Any]]:
+            outputs = self._call(inputs, start, deadline_ms).outputs
+            return [outputs[name] for name in names]
+
+        with self._lock:
+            if self._closed:
+                raise BundleError(CLOSED)
+            if self._async is None:
+                self._async = AsyncCalls(self._max_pending)
+            calls = self._async
+        taken = calls.submit(work, lambda outputs, error: callback(outputs, user_data, error))
+        if not taken:
+            with self._lock:
+                self._counters.dropped += 1
+        return taken
 
     def warmup(self) -> None:
-        """Run each network of the session on blank images, so that the first real call is not
-        the slow one."""
-        blank = np.zeros((1, *(size or 1 for size in self._shape)), dtype=np.float32)
-        for runner in self._open_runners().values():
-            for _ in range(WARMUP_RUNS):
-                runner.run(blank)
+        """Open the networks that the policy needs and run each on blank images, so that the first
+        real call is not the slow one and mild's latency is known."""
+        plan, _ = self._enter()
+        blank = self._interface.blank()
+        try:
+            for variant in self._needs(plan, lazy=False):
+                for run in range(WARMUP_RUNS):
+                    if variant == "mild":
+                        self._router.run_mild(blank, None, cold=run < WARMUP_RUNS // 2)
+                    else:
+                        self._networks.get(variant).run(blank)
+        finally:
+            with self._lock:
+                self._leave()
 
-    def close(self) -> None:
-        """Give the networks' memory back, once no call is running; twice does no harm."""
-        runners, self._runners = self._runners, {}
-        for runner in runners.values():
-            runner.close()
+    def reset_drift(self) -> None:
+        """Forget the drift guard's observations and its alarm; the policy holds again."""
+        with self._lock:
+            if self._monitor:
+                self._monitor.reset()
+
+    def close(self, *, cancel_pending: bool = False) -> None:
+        """Give the networks' memory back once all calls have ended; twice does no harm.
+
+        Args:
+            cancel_pending: calls of :meth:`run_async` that have not begun get an error instead of
+                an answer.
+        """
+        with self._lock:
+            calls = self._async
+        if calls is not None:
+            calls.close(cancel=cancel_pending)
+        with self._lock:
+            self._closed = True
+            self._idle.wait_for(lambda: not self._running)
+        self._networks.close()
 
     def __enter__(self) -> AdaptiveSession:
         return self
@@ -231,150 +348,98 @@ class AdaptiveSession:
     ) -> None:
         self.close()
 
-    def _open_runners(self) -> dict[str, registry.Runner]:
-        runners = self._runners
-        if not runners:
-            raise BundleError("the session is closed; open a new AdaptiveSession")
-        return runners
-
-    def _answer(self, inputs: NDArray[np.float32]) -> _Outcome:
-        """One network on all, or the pair: aggressive on all, then mild where it is not sure."""
-        runners = self._open_runners()
-        if self._route is not None:
-            outputs = runners[self._route].run(inputs)
-            self._count(self._route, len(inputs))
-            return _Outcome(outputs)
+    def _call(
+        self, inputs: NDArray[np.float32], start: float, deadline_ms: float | None
+    ) -> Outcome:
+        due = self._due(start, deadline_ms)
+        plan, point = self._enter()
+        outcome: Outcome | None = None
+        alarmed = False
         try:
-            outputs = runners["aggressive"].run(inputs)
-            scores = _checked_scores(outputs, len(inputs))
-        except Exception as error:  # whatever the runtime raises, mild can still answer
-            outputs = runners["mild"].run(inputs)
-            self._count("mild", len(inputs), faults=len(inputs))
-            everything = np.ones(len(inputs), dtype=np.bool_)
-            fault = f"the aggressive network failed: {error}"
-            return _Outcome(outputs, ~everything, None, everything, fault)
-        accepted = decide(scores, self._threshold)
-        if np.count_nonzero(accepted) == len(inputs):
-            self._count("aggressive", len(inputs))
-            return _Outcome(outputs, accepted, scores)
-        return self._escalate(runners["mild"], inputs, outputs, scores, accepted)
+            if plan.route is not None:
+                outputs = self._networks.get(plan.route).run(inputs)
+                outcome = Outcome(outputs, route=plan.route)
+            else:
+                outcome = self._router.answer(point, inputs, due)
+        finally:
+            now = perf_counter()
+            with self._lock:
+                if outcome is None:
+                    self._counters.failed += 1
+                else:
+                    outcome.late = due is not None and now > due
+                    alarmed = self._learn(plan, outcome, len(inputs), now - start)
+                self._leave()
+        if alarmed:
+            self._tell_drift(str(outcome.drift))
+        return outcome
 
-    def _escalate(
-        self,
-        mild: registry.Runner,
-        inputs: NDArray[np.float32],
-        outputs: dict[str, NDArray[Any]],
-        scores: NDArray[Any],
-        accepted: NDArray[np.bool_],
-    ) -> _Outcome:
-        """Mild on the samples that are not accepted, its answers put back in their places."""
-        escalated = np.flatnonzero(~accepted)
-        answers = mild.run(inputs[escalated])
-        mixed = {name: np.array(outputs[name]) for name in self._outputs}
-        for name, output in mixed.items():
-            output[escalated] = answers[name]
-        unscored = np.isnan(scores)
-        faults = int(np.count_nonzero(unscored))
-        self._count("aggressive", len(inputs) - len(escalated))
-        self._count("mild", len(escalated), calls=0, faults=faults)
-        if not faults:
-            return _Outcome(mixed, accepted, scores)
-        return _Outcome(mixed, accepted, scores, unscored, "the score is not a number")
-
-    def _count(self, route: Route, samples: int, *, calls: int = 1, faults: int = 0) -> None:
+    def _enter(self) -> tuple[Plan, Point]:
+        """The plan and point of a call that begins now; close() waits for it."""
         with self._lock:
-            self._calls += calls
-            self._samples[route] += samples
-            self._faults += faults
+            if self._closed:
+                raise BundleError(CLOSED)
+            self._running += 1
+            return self._plan, self._point(self._plan)
 
-    def _names(self, output_names: Sequence[str] | None) -> Sequence[str]:
-        if output_names is None:
-            return self._outputs
-        for name in output_names:
-            if name not in self._outputs:
-                raise DataError(
-                    f"unknown output '{name}'; expected some of: {', '.join(self._outputs)}"
-                )
-        return output_names
+    def _leave(self) -> None:
+        self._running -= 1
+        if self._closed and not self._running:
+            self._idle.notify_all()
 
-    def _checked(self, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        if len(feeds) != 1 or self._input not in feeds:
-            raise DataError(
-                f"feeds: expected exactly the input '{self._input}', got: "
-                f"{', '.join(map(str, feeds)) or 'nothing'}"
-            )
-        inputs = feeds[self._input]
-        if (
-            not isinstance(inputs, np.ndarray)
-            or inputs.dtype != np.float32
-            or inputs.ndim != 1 + len(self._shape)
-            or inputs.shape[1:] != self._shape
-            or not len(inputs)
-        ):
-            found = (
-                f"{inputs.dtype} of shape {list(inputs.shape)}"
-                if isinstance(inputs, np.ndarray)
-                else type(inputs).__name__
-            )
-            raise DataError(
-                f"input '{self._input}': expected a float32 array of shape "
-                f"{['N', *self._shape]}, N >= 1, got {found}; session.preprocess(image) makes one"
-            )
-        return inputs
+    def _point(self, plan: Plan) -> Point:
+        return NOTHING if self._alarm() else plan.point()
 
+    def _alarm(self) -> str | None:
+        return self._monitor.alarm if self._monitor else None
 
-def _checked_scores(outputs: Mapping[str, NDArray[Any]], samples: int) -> NDArray[Any]:
-    scores = outputs[SCORE]
-    if scores.shape != (samples,):
-        raise BundleError(f"its score has shape {list(scores.shape)}, not {[samples]}")
-    return scores
+    def _learn(self, plan: Plan, outcome: Outcome, samples: int, seconds: float) -> bool:
+        """Take in a call, under the lock; whether it raised the drift guard's alarm."""
+        self._counters.add(outcome, samples, seconds)
+        if plan.controller is not None:
+            spent = estimate_mj(outcome.ran(samples), self._energies_mj)
+            plan.controller.observe(outcome.scores, samples, spent or 0.0)
+        alarmed = self._monitor is not None and self._monitor.observe(outcome)
+        outcome.drift = self._alarm()
+        return alarmed
 
+    def _tell_drift(self, reason: str) -> None:
+        if self._on_drift is None:
+            warnings.warn(reason, RuntimeWarning, stacklevel=4)
+            return
+        try:
+            self._on_drift(reason)
+        except Exception:  # the call has its answer, which must not be lost
+            import logging
 
-def _threshold(record: bundle.SelectorRecord, asked: float | EllipsisType | None) -> float | None:
-    threshold = record.threshold if isinstance(asked, EllipsisType) else asked
-    if threshold is None:
-        return None
-    if not isinstance(threshold, (int, float, np.floating)) or not math.isfinite(threshold):
-        raise BundleError(f"threshold = {threshold!r}: expected a finite number or None")
-    return float(threshold)
+            logging.getLogger(__name__).exception("on_drift failed")
 
+    def _prepare(self, policy: Policy) -> Plan:
+        """The plan of a policy, with the networks that it needs opened."""
+        plan = policies.make_plan(policy, self._manifest, self.runtime)
+        if self._closed:
+            raise BundleError(CLOSED)
+        self._networks.open(self._needs(plan, lazy=self._lazy))
+        return plan
 
-def _is_certified(manifest: bundle.Manifest, runtime: str, threshold: float | None) -> bool:
-    """Whether some row of the dial was certified for this threshold, where it was made."""
-    record = manifest.selector
-    return record.certified_on == manifest.setting(runtime) and any(
-        row.certified and row.threshold == threshold for row in record.table
-    )
+    def _needs(self, plan: Plan, *, lazy: bool) -> list[str]:
+        """The networks to hold ready for a plan."""
+        if plan.route is not None:
+            return [plan.route]
+        scored = any(point.threshold is not None for point in plan.points)
+        return ["aggressive"] * scored + ["mild"] * (not lazy)
+
+    def _due(self, start: float, deadline_ms: float | None) -> float | None:
+        _positive("deadline_ms", deadline_ms)
+        allowed = self._deadline_ms if deadline_ms is None else deadline_ms
+        return None if allowed is None else start + allowed / 1e3
 
 
-def _open(
-    opened: bundle.Bundle, route: Route | None, runtime: str, threads: int
-) -> dict[str, registry.Runner]:
-    """The runners that a route needs, each checked to take and give what the session relies on."""
-    from greenprune import registry
-
-    manifest = opened.manifest
-    outputs = [output.name for output in manifest.outputs]
-    wanted = {route: outputs} if route else {"aggressive": [*outputs, SCORE], "mild": outputs}
-    target = registry.load_target(manifest.target)
-    runners: dict[str, registry.Runner] = {}
-    try:
-        for variant, names in wanted.items():
-            artifact = opened.artifact(variant, runtime)
-            runner = runners[variant] = target.open(artifact, runtime, threads)
-            if runner.input_name != manifest.input.name or set(names) - set(runner.output_names):
-                raise BundleError(
-                    f"{artifact}: expected the input '{manifest.input.name}' and the outputs "
-                    f"{', '.join(names)}, found '{runner.input_name}' and "
-                    f"{', '.join(runner.output_names)}; make the bundle again"
-                )
-    except BaseException:
-        for runner in runners.values():
-            runner.close()
-        raise
-    return runners
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise BundleError(f"{name} = {value!r}: expected a number above 0")
 
 
-def _node(spec: bundle.TensorSpec) -> NodeArg:
-    shape: list[int | str] = ["batch" if size is None else size for size in spec.shape]
-    return NodeArg(spec.name, shape, ONNX_TYPES.get(spec.dtype, f"tensor({spec.dtype})"))
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise BundleError(f"{name} = {value!r}: expected one of {', '.join(choices)}")

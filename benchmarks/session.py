@@ -1,0 +1,284 @@
+"""What AdaptiveSession costs beside the networks that it runs, and whether it stays sound for long.
+
+    python benchmarks/session.py BUNDLE [--runs 1000000]
+
+The bundle's own networks and replay images. Every latency comes from a process of its own; these
+take turns in short blocks, and ratios are of their medians' medians. Inputs of batch 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from common import write_result
+
+from greenprune.bundle import open_bundle
+from greenprune.progress import progress
+from greenprune.registry import load_target
+from greenprune.runtime import AdaptiveSession, Policy
+
+Call = Callable[[Any], Any]
+SEED = 0
+CREATION = """
+import json, sys, time
+import onnxruntime
+start = time.perf_counter()
+import greenprune.runtime
+imported = time.perf_counter() - start
+from greenprune.runtime import AdaptiveSession, Policy
+policy = Policy(threshold=0.5, allow_uncertified=True)
+path, threads, *graphs = sys.argv[1:]
+sessions, bare = [], []
+for _ in range(4):
+    start = time.perf_counter()
+    session = AdaptiveSession(path, policy=policy, runtime="onnxruntime", threads=int(threads))
+    sessions.append(time.perf_counter() - start)
+    session.close()
+    start = time.perf_counter()
+    kept = []
+    for graph in graphs:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(threads)
+        options.inter_op_num_threads = 1
+        kept.append(onnxruntime.InferenceSession(graph, options))
+    bare.append(time.perf_counter() - start)
+print(json.dumps([imported, sessions, bare]))
+"""
+
+
+def accepting(threshold: float) -> Policy:
+    return Policy(threshold=threshold, allow_uncertified=True)
+
+
+def bare_network(path: Path, runtime: str, threads: int, variant: str, setting: str) -> Call:
+    """A network by its runtime alone; ``setting`` is that of ONNX Runtime's threads."""
+    opened = open_bundle(path)
+    artifact = opened.artifact(variant, runtime)
+    if runtime != "onnxruntime":
+        return load_target(opened.manifest.target).open(artifact, runtime, threads).run
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if setting == "spinning stops":
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"input": image})
+
+
+def serve(connection: Connection, path: Path, runtime: str, threads: int, what: list[str]) -> None:
+    """In a process of its own: for each number of seconds received, the median latencies, in us, of
+    one block, by whether the input is one that the pair escalates."""
+    images = read_images(path)
+    scores = read_scores(path, runtime)
+    threshold = float(np.median(scores))
+    if what[0] == "bare":
+        call = bare_network(path, runtime, threads, *what[1:])
+    else:
+        accepted = threshold if what[0] == "half" else -1e30
+        session = AdaptiveSession(
+            path, policy=accepting(accepted), runtime=runtime, threads=threads
+        )
+        call = lambda image: session.run(None, {"input": image})  # noqa: E731
+    generator = np.random.default_rng(SEED)
+    connection.send("ready")
+    while seconds := connection.recv():
+        found: dict[bool, list[float]] = {True: [], False: []}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            index = int(generator.integers(len(images)))
+            start = time.perf_counter()
+            call(images[index])
+            found[bool(scores[index] < threshold)].append(time.perf_counter() - start)
+        connection.send([_median_us(found[hard]) for hard in (False, True)])
+
+
+def _median_us(seconds: list[float]) -> float:
+    return statistics.median(seconds) * 1e6 if seconds else math.nan
+
+
+def read_images(path: Path) -> list[Any]:
+    opened = open_bundle(path)
+    images = opened.read_array(str(opened.manifest.samples.replay_inputs))[:256]
+    return [np.ascontiguousarray(images[index : index + 1]) for index in range(len(images))]
+
+
+def read_scores(path: Path, runtime: str) -> Any:
+    session = AdaptiveSession(path, policy=accepting(-1e30), runtime=runtime, threads=1)
+    with session:
+        found = [session.run_with_info(None, {"input": one})[1] for one in read_images(path)]
+    return np.concatenate([info.scores for info in found])
+
+
+@contextmanager
+def process(*arguments: Any) -> Iterator[Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
+    child.start()
+    ours.recv()
+    yield ours
+    ours.send(0)
+    child.join()
+
+
+def take_turns(
+    options: argparse.Namespace, runtime: str, kinds: dict[str, list[str]]
+) -> dict[str, list[float]]:
+    """Medians over all blocks of each kind: [accepted, escalated], in us. One process is alive at
+    a time, so that no idle one spins beside the one that is measured."""
+    found: dict[str, list[list[float]]] = {name: [] for name in kinds}
+    with progress(f"{runtime}: {', '.join(kinds)}", total=options.rounds * len(kinds)) as advance:
+        for _ in range(options.rounds):
+            for name, what in kinds.items():
+                with process(options.bundle, runtime, options.threads, what) as child:
+                    for seconds in (options.seconds / 2, options.seconds):  # the first warms up
+                        child.send(seconds)
+                        block = child.recv()
+                    found[name].append(block)
+                advance(1)
+    return {
+        name: [statistics.median(block[hard] for block in blocks) for hard in (0, 1)]
+        for name, blocks in found.items()
+    }
+
+
+def overhead(options: argparse.Namespace) -> dict[str, Any]:
+    """Every input accepted, beside a bare run of the same graph with the same settings."""
+    bare = ["bare", "aggressive", "spinning stops"]
+    found = take_turns(options, "onnxruntime", {"bare": bare, "session": ["all"]})
+    session_us, bare_us = (statistics.mean(found[name]) for name in ("session", "bare"))
+    return {
+        "session_us": session_us,
+        "bare_us": bare_us,
+        "allowed_us": 1.03 * bare_us + 20,
+        "within": session_us <= 1.03 * bare_us + 20,
+    }
+
+
+def in_turn(options: argparse.Namespace, runtime: str) -> dict[str, Any]:
+    """Half of the inputs escalated, beside each network alone at its fastest setting."""
+    settings = ["default", "spinning stops"] if runtime == "onnxruntime" else ["default"]
+    kinds = {
+        f"{variant}, {setting}": ["bare", variant, setting]
+        for variant in ("aggressive", "mild")
+        for setting in settings
+    }
+    found = take_turns(options, runtime, {**kinds, "session": ["half"]})
+    alone = {
+        variant: min(statistics.mean(found[f"{variant}, {setting}"]) for setting in settings)
+        for variant in ("aggressive", "mild")
+    }
+    accepted_us, escalated_us = found["session"]
+    return {
+        "medians_us": {name: [round(value, 1) for value in both] for name, both in found.items()},
+        "accepted_over_alone": accepted_us / alone["aggressive"],
+        "escalated_over_sum": escalated_us / (alone["aggressive"] + alone["mild"]),
+        "allowed": 1.2,
+    }
+
+
+def creation(options: argparse.Namespace) -> dict[str, Any]:
+    """Import and opening, in fresh processes: the first of each and the later ones."""
+    opened = open_bundle(options.bundle)
+    graphs = [str(opened.artifact(name, "onnxruntime")) for name in ("aggressive", "mild")]
+    imports, first, later, bare_first, bare_later = [], [], [], [], []
+    for _ in range(options.rounds):
+        line = [sys.executable, "-c", CREATION, options.bundle, str(options.threads), *graphs]
+        imported, sessions, bare = json.loads(subprocess.check_output(line, text=True))
+        imports.append(imported)
+        first.append(sessions[0])
+        bare_first.append(bare[0])
+        later.append(statistics.median(sessions[1:]))
+        bare_later.append(statistics.median(bare[1:]))
+    ms = {
+        "import_beyond_onnxruntime_ms": imports,
+        "first_session_ms": first,
+        "first_two_bare_ms": bare_first,
+        "later_session_ms": later,
+        "later_two_bare_ms": bare_later,
+    }
+    found = {name: statistics.median(values) * 1e3 for name, values in ms.items()}
+    ratio = found["later_session_ms"] / found["later_two_bare_ms"]
+    return {**found, "later_ratio": ratio, "allowed_ratio": 1.2, "allowed_import_ms": 50}
+
+
+def endurance(options: argparse.Namespace) -> dict[str, Any]:
+    """Resident memory over many runs, half of them escalated."""
+    images, this = read_images(options.bundle), psutil.Process()
+    policy = accepting(float(np.median(read_scores(options.bundle, "onnxruntime"))))
+    parts, sizes = 20, []
+    with AdaptiveSession(options.bundle, policy=policy, threads=options.threads) as session:
+        with progress("memory", total=parts) as advance:
+            for part in range(parts):
+                for run in range(options.runs // parts):
+                    session.run(None, {"input": images[(part + run) % len(images)]})
+                sizes.append(this.memory_info().rss)
+                advance(1)
+        told = session.statistics
+    return {
+        "runs": told.calls,
+        "routes": told.routes,
+        "resident_mb": [round(size / 1e6, 2) for size in sizes],
+        "growth": sizes[-1] / sizes[0] - 1,  # the first twentieth warms up
+        "allowed": 0.01,
+    }
+
+
+def threads(options: argparse.Namespace) -> dict[str, Any]:
+    """Eight threads on one session against one, a tenth of the runs."""
+    images, each = read_images(options.bundle), max(options.runs // 10 // 8, 1)
+    policy = accepting(float(np.median(read_scores(options.bundle, "onnxruntime"))))
+    with AdaptiveSession(options.bundle, policy=policy, threads=1) as session:
+        alone = [session.run(None, {"input": image})[0] for image in images]
+
+        def work(start: int) -> int:
+            indices = ((start + 7 * step) % len(images) for step in range(each))
+            return sum(
+                not np.array_equal(session.run(None, {"input": images[index]})[0], alone[index])
+                for index in indices
+            )
+
+        with ThreadPoolExecutor(8) as pool:
+            different = sum(pool.map(work, range(8)))
+        return {"runs": 8 * each, "different": different, "faults": session.statistics.faults}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--runs", type=int, default=1_000_000, help="for the memory")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a block")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
+    options = parser.parse_args()
+    start = time.monotonic()
+    runtimes = open_bundle(options.bundle).manifest.variants["mild"].artifacts
+    figures: dict[str, Any] = {"bundle": open_bundle(options.bundle).manifest.name}
+    figures["accepted_call"] = overhead(options)
+    figures["in_turn"] = {runtime: in_turn(options, runtime) for runtime in runtimes}
+    figures["creation"] = creation(options)
+    figures["memory"] = endurance(options)
+    figures["threads"] = threads(options)
+    print(json.dumps(figures, indent=1))
+    write_result("session", seed=SEED, seconds=time.monotonic() - start, figures=figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""When to stop asking a network: a circuit breaker, and mild's expected latency (device side).
+
+Neither is safe under threads by itself: the session calls them under its lock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+
+KEPT = 128
+"""Latencies kept for each size of batch."""
+
+
+class CircuitBreaker:
+    """Leaves a network in peace for ``seconds`` after ``limit`` faults in a row; then one call
+    tries it again while the others still do without it."""
+
+    def __init__(self, limit: int, seconds: float) -> None:
+        self._limit, self._seconds = limit, seconds
+        self._faults = 0
+        self._next_try = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls do without the network."""
+        return self._faults >= self._limit
+
+    @property
+    def untroubled(self) -> bool:
+        """Whether the last call's asking went well."""
+        return not self._faults
+
+    def allows(self, now: float) -> bool:
+        """Whether this call may ask the network; ``now`` in seconds of a steady clock."""
+        if not self.is_open:
+            return True
+        if now < self._next_try:
+            return False
+        self._next_try = now + self._seconds  # this call is the trial; one that never ends expires
+        return True
+
+    def record(self, fault: bool, now: float) -> None:
+        """How asking went."""
+        self._faults = self._faults + 1 if fault else 0
+        if fault and self.is_open:
+            self._next_try = now + self._seconds
+
+
+class MildLatency:
+    """The 99th percentile of a network's latency, by size of batch, from its latest runs.
+
+    A slow spell must not shut the network out for good: every ``seconds`` one call tries it
+    although it looks too slow, and if it was in time, what came before is forgotten.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next_try = 0.0
+        self._seen: dict[int, deque[float]] = {}
+
+    def p99(self, samples: int) -> float | None:
+        """In seconds, for a batch of about ``samples``; None where nothing is known.
+
+        Batches of like size (within a factor of two) count together; a larger one than any seen is
+        taken to need time in proportion.
+        """
+        size = samples.bit_length()
+        known = min(self._seen, key=lambda seen: (abs(seen - size), -seen), default=None)
+        if known is None:
+            return None
+        return percentile(self._seen[known], 0.99) * 2.0 ** max(size - known, 0)
+
+    def fits(self, samples: int, left: float, now: float) -> bool:
+        """Whether a run is expected to end within ``left`` seconds, or is due as a trial."""
+        if left <= 0:
+            return False
+        expected = self.p99(samples)
+        if expected is None or expected <= left:
+            return True
+        if now < self._next_try:
+            return False
+        self._next_try = now + self._seconds
+        return True
+
+    def record(self, samples: int, seconds: float, left: float | None, now: float) -> None:
+        """A run's latency, and what was left before it, where it had a deadline."""
+        self._next_try = now + self._seconds
+        expected = self.p99(samples) if left is not None else None
+        if left is not None and expected is not None and seconds <= left < expected:
+            self._seen.clear()
+        size = samples.bit_length()
+        self._seen.setdefault(size, deque(maxlen=KEPT)).append(seconds)
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The smallest value that at least ``share`` of all are not above."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
