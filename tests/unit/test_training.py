@@ -197,17 +197,6 @@ def test_warm_up_then_cosine() -> None:
     assert 0 < rates[-1] < 0.02
 
 
-def test_distillation_is_hintons() -> None:
-    settings = DistillationSettings(distillation=0.3, temperature=2.0)
-    teacher, inputs = make_net(1).eval(), torch.randn(6, 1, 4, 4)
-    outputs, targets = torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 1, 0])
-    found = training._objective(settings, training.cross_entropy, teacher)(inputs, outputs, targets)
-    p, q = (F.softmax(logits / 2.0, dim=1) for logits in (teacher(inputs), outputs))
-    divergence = (p * (p / q).log()).sum(1).mean()
-    expected = 0.7 * F.cross_entropy(outputs, targets) + 0.3 * 4 * divergence
-    torch.testing.assert_close(found, expected)
-
-
 def test_the_teacher_teaches_and_is_not_changed() -> None:
     data = make_data(200)
     teacher = make_net(1)
@@ -232,11 +221,11 @@ def test_the_teacher_teaches_and_is_not_changed() -> None:
 def test_label_smoothing_applies_to_the_built_in_loss_alone() -> None:
     outputs, targets = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
     settings = TrainingSettings(label_smoothing=0.2)
-    built_in = training._objective(settings, training.cross_entropy, None)
-    own = training._objective(settings, lambda o, t: F.cross_entropy(o, t), None)
+    built_in = training._supervised(settings, training.cross_entropy)
+    own = training._supervised(settings, lambda o, t: F.cross_entropy(o, t))
     smoothed = F.cross_entropy(outputs, targets, label_smoothing=0.2)
-    assert torch.equal(built_in(outputs, outputs, targets), smoothed)
-    assert torch.equal(own(outputs, outputs, targets), F.cross_entropy(outputs, targets))
+    assert torch.equal(built_in(outputs, targets), smoothed)
+    assert torch.equal(own(outputs, targets), F.cross_entropy(outputs, targets))
 
 
 def test_penalised_parameters_have_no_weight_decay() -> None:

@@ -112,6 +112,8 @@ class DistillationSettings(TrainingSettings):
     distillation: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
     """Weight of the teacher's loss; 1 minus it is the weight of the labels' loss."""
     temperature: Positive = 4.0
+    features: NonNegative = 0.0
+    """Weight of how far the stages' outputs are from the teacher's, where their shapes agree."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from greenprune import processes, schema, storage
 from greenprune.bundle import Preprocessing
 from greenprune.data import Data, Split, batches, take
+from greenprune.distillation import Loss, Objective, distilled
 from greenprune.errors import RecipeError, TrainingError
 from greenprune.progress import Advance, progress
 from greenprune.recipe import DistillationSettings, TrainingSettings
@@ -34,7 +35,6 @@ from greenprune.sparsity import Aim, Penalty
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Metric = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -83,8 +83,8 @@ def fit(
         settings: label smoothing applies where ``loss`` is :func:`cross_entropy`; weight decay to
             every parameter without a penalty.
         loss: ``loss(outputs, targets)``, a scalar tensor.
-        teacher: adds ``w T² KL(teacher ‖ model)`` at temperature T (Hinton et al., 2015) to
-            ``(1 - w) loss``; needs DistillationSettings. Without it, the loss alone is used.
+        teacher: adds what :func:`greenprune.distillation.distilled` says to the loss; needs
+            DistillationSettings. Without it, the loss alone is used.
         penalty: its proximal step follows each of the optimiser's.
         checkpoint: written after each epoch, and resumed from where it belongs to this very
             training (settings, data, initial weights); the caller deletes it. None: no resuming.
@@ -109,7 +109,6 @@ def fit(
         state["momentum_buffer"] = state["momentum_buffer"].to(parameter.device)
     if teacher is not None:
         teacher = teacher.to(fabric.device).eval()
-    objective = _objective(settings, loss, teacher, fabric.autocast)
     count = _steps(data.train, settings)
     if len(data.train) // count < fabric.world_size:
         raise TrainingError(
@@ -118,6 +117,7 @@ def fit(
         )
     with (
         torch.random.fork_rng(),
+        _objective(fabric, model, data, settings, loss, teacher) as objective,
         _bar(fabric, label, (settings.epochs - len(losses)) * count) as advance,
     ):
         for epoch in range(len(losses), settings.epochs):
@@ -151,7 +151,7 @@ class _Epoch:
         fabric: Fabric,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        objective: Callable[[Tensor, Tensor, Tensor], Tensor],
+        objective: Objective,
         penalty: Penalty | None,
         advance: Advance,
     ) -> float:
@@ -308,31 +308,30 @@ def _optimizer(
 
 
 def _objective(
+    fabric: Fabric,
+    model: nn.Module,
+    data: Data,
     settings: TrainingSettings,
     loss: Loss,
     teacher: nn.Module | None,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+) -> AbstractContextManager[Objective]:
     """``objective(inputs, outputs, targets)``, the scalar that is minimised."""
 
-    def supervised(outputs: Tensor, targets: Tensor) -> Tensor:
-        if loss is cross_entropy:
-            return F.cross_entropy(outputs, targets, label_smoothing=settings.label_smoothing)
-        return loss(outputs, targets)
-
+    supervised = _supervised(settings, loss)
     if teacher is None or not isinstance(settings, DistillationSettings):
-        return lambda inputs, outputs, targets: supervised(outputs, targets)
-    weight, temperature = settings.distillation, settings.temperature
+        return nullcontext(lambda inputs, outputs, targets: supervised(outputs, targets))
+    example, _ = take(data.train, torch.arange(min(2, len(data.train))), data.preprocessing)
+    example = example.to(fabric.device)
+    return distilled(model, teacher, example, settings, supervised, fabric.autocast)
 
-    def distilled(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad(), autocast():
-            answers = teacher(inputs)
-        taught = F.log_softmax(answers.float() / temperature, dim=1)
-        own = F.log_softmax(outputs / temperature, dim=1)
-        divergence = F.kl_div(own, taught, reduction="batchmean", log_target=True)
-        return (1 - weight) * supervised(outputs, targets) + weight * temperature**2 * divergence
 
-    return distilled
+def _supervised(settings: TrainingSettings, loss: Loss) -> Loss:
+    """``loss``, with label smoothing where it is the built-in one."""
+    if loss is not cross_entropy:
+        return loss
+    return lambda outputs, targets: F.cross_entropy(
+        outputs, targets, label_smoothing=settings.label_smoothing
+    )
 
 
 def _finite(value: Tensor, epoch: int, step: int, rate: float) -> float:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from greenprune import training
 from greenprune.data import Data, batches, draw, normalise, take
+from greenprune.distillation import Loss
 from greenprune.errors import PruningError
 from greenprune.pruning import batchnorm, surgery
 from greenprune.pruning.budget import Removed
@@ -100,7 +101,7 @@ def train(
     settings: GateSettings,
     *,
     seed: int,
-    loss: training.Loss = training.cross_entropy,
+    loss: Loss = training.cross_entropy,
     checkpoint: Path | None = None,
     label: str = "gates",
 ) -> Outcome:
@@ -204,9 +205,7 @@ def build(model: nn.Module, example_input: Tensor, settings: GateSettings) -> Ga
     return gated
 
 
-def objective(
-    gated: Gated, data: Data, settings: GateSettings, loss: training.Loss
-) -> training.Loss:
+def objective(gated: Gated, data: Data, settings: GateSettings, loss: Loss) -> Loss:
     """The loss of the module's docstring, of the batch that ``gated`` has just seen.
 
     The target comes down from 1 in the first half of the gated training, and polarization's
