@@ -38,6 +38,10 @@ class BaseTarget:
         """Refuse: this target opens nothing yet."""
         raise NotAvailableError(self._missing())
 
+    def simulated_energy(self, artifact: Path) -> dict[str, Any] | None:
+        """None: measured, not simulated."""
+        return None
+
     def probe(self) -> dict[str, Any]:
         """This machine's processor and the versions of the target's runtimes (None: absent)."""
         return processor() | {

@@ -145,7 +145,15 @@ class Eyeriss(BaseTarget):
         """As every target's, with the simulator's version (None: absent)."""
         return super().probe() | {"simulator": {"nn-dataflow": version("nn-dataflow")}}
 
-    def simulated_energy(self, artifact: Path) -> Simulation:
+    def simulated_energy(self, artifact: Path) -> dict[str, Any]:
+        """``{energy_mac_units, provenance}`` of one inference."""
+        found = self.simulation(artifact)
+        return {
+            "energy_mac_units": found.energy_mac_units,
+            "provenance": found.provenance,
+        }
+
+    def simulation(self, artifact: Path) -> Simulation:
         """The simulation that :meth:`compile` wrote beside ``artifact``.
 
         Raises:

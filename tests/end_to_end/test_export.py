@@ -93,6 +93,27 @@ def test_refusal_is_one_message_and_changes_nothing(
     assert not list(tmp_path.glob("*.bundle"))
 
 
+def test_the_dial_on_a_simulated_target_has_energies(
+    runs: Path, command: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("nn_dataflow", reason="pip install 'greenprune[eyeriss]'")
+    done = command("greenprune-export", "--target", "eyeriss", "-o", "simulated.bundle")
+    assert done.returncode == 0, done.stderr
+
+    opened = bundle.open_bundle(tmp_path / "simulated.bundle")
+    opened.verify()
+    found = opened.manifest.simulated_energy
+    dense, mild, aggressive = (
+        found[name]["energy_mac_units"] for name in ("dense", "mild", "aggressive")
+    )
+    assert dense > mild > aggressive > 0
+    assert {each["provenance"] for each in found.values()} == {"simulated_model"}
+    assert opened.manifest.energy_mj == {}, "MAC units are no joules"
+    for row in opened.manifest.selector.table:
+        expected = mild if row.threshold is None else aggressive + (1 - row.coverage) * mild
+        assert row.energy_mac_units == pytest.approx(expected)
+
+
 def test_a_bundle_for_another_device_is_certified_there(
     runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

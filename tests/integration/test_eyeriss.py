@@ -26,7 +26,7 @@ def test_resnet20_by_its_published_energy_and_our_own_count_of_macs(tmp_path: Pa
     references = export_onnx(network, example, graph, ["logits"])
     target: Any = load_target("eyeriss")
     made = target.compile(graph, "onnxruntime", tmp_path / "out", "dense")
-    found = target.simulated_energy(made)
+    found = target.simulation(made)
     assert found.energy_mac_units == pytest.approx(351e6, abs=0.5e6)
     assert found.macs == count(network, example).macs
     assert len(found.layers) == 20

@@ -95,7 +95,7 @@ def test_targets_as_json_and_as_text(call: Run) -> None:
     assert set(registry.TARGETS) <= set(found)
     assert found["x86"]["status"] == "ready"
     assert "onnxruntime" in found["x86"]["runtimes_here"]
-    assert found["eyeriss"]["status"].startswith("not available yet")
+    assert found["cuda"]["status"].startswith("not available yet")
     for target in found.values():
         assert target["description"]
         assert set(target["runtimes_here"]) <= set(target["runtimes"])

@@ -358,7 +358,7 @@ def test_compile_writes_the_graph_and_its_simulation(write: Write, tmp_path: Pat
     made = target.compile(graph, "onnxruntime", tmp_path / "out", "mild")
     assert made == tmp_path / "out/mild.onnx"
     assert made.read_bytes() == graph.read_bytes()
-    read: Simulation = target.simulated_energy(made)
+    read: Simulation = target.simulation(made)
     assert read == simulate(graph)
     assert (read.batch, read.provenance) == (1, "simulated_model")
     assert read.nn_dataflow
@@ -370,10 +370,10 @@ def test_compile_writes_the_graph_and_its_simulation(write: Write, tmp_path: Pat
     runner.close()
     made.with_suffix(".json").write_text("{}")
     with pytest.raises(TargetError, match=r"mild\.json"):
-        target.simulated_energy(made)
+        target.simulation(made)
     made.with_suffix(".json").unlink()
     with pytest.raises(TargetError, match=r"mild\.json: expected the simulation of mild\.onnx"):
-        target.simulated_energy(made)
+        target.simulation(made)
 
 
 @pytest.mark.parametrize("package", ["onnx", "nn_dataflow"])

@@ -22,7 +22,7 @@ from greenprune.errors import (
 from greenprune.runtime.runners import verify_artifact
 from greenprune_targets.base import processor
 
-READY = {"x86", "arm"}
+READY = {"x86", "arm", "eyeriss"}
 
 
 @pytest.mark.parametrize("name", sorted(registry.TARGETS))

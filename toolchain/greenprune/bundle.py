@@ -97,6 +97,8 @@ class DialRow:
     disagreement: float | None = None
     """Share of the accepted images for which aggressive and mild answer another class; None where
     nothing is accepted."""
+    energy_mac_units: float | None = None
+    """Of one image, on a simulated target: aggressive's, and mild's for those not accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,9 @@ class Manifest:
     """Of a bundle for another device than the one that made it."""
     energy_mj: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Variant to ``{value, low, high, provenance}`` for each inference; empty until measured."""
+    simulated_energy: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Variant to ``{energy_mac_units, provenance}`` for each inference on a simulated target:
+    relative, not joules."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, seed, recipe, hashes of the networks."""
     files: dict[str, FileEntry] = field(default_factory=dict)

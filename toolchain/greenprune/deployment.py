@@ -129,6 +129,7 @@ def compile_artifacts(work: Work) -> dict[str, Any]:
     reference_input = np.load(exported / "reference_input.npy", allow_pickle=False)
     artifacts: dict[str, dict[str, str]] = {variant: {} for variant in VARIANTS}
     differences: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS}
+    energies: dict[str, Any] = {}
     for runtime in runtimes(job):
         for variant in VARIANTS:
             made = target.compile(
@@ -144,9 +145,13 @@ def compile_artifacts(work: Work) -> dict[str, Any]:
             )
             artifacts[variant][runtime] = f"{runtime}/{made.name}"
             differences[variant][runtime] = parity.largest_difference
+            simulated = target.simulated_energy(made)
+            if simulated is not None:
+                energies[variant] = simulated
     return {
         "artifacts": artifacts,
         "largest_difference": differences,
+        "simulated_energy": energies,
         "machine": target.probe(),
     }
 
@@ -204,6 +209,9 @@ def certify(work: Work) -> dict[str, Any]:
     here = certification.is_here(target.capabilities.machines)
     if not here:
         table = tuple(_uncertified(row, target) for row in table)
+    energies = job.results(f"compile-{target.name}")["simulated_energy"]
+    if energies:
+        table = tuple(replace(row, energy_mac_units=_pair_energy(row, energies)) for row in table)
     operating = certification.operating_row(table, plan)
     threshold = operating.threshold if operating.certified else None
     tested = _test_pair(job, threshold)
@@ -215,6 +223,14 @@ def certify(work: Work) -> dict[str, Any]:
         "test": tested,
         "headline": certification.promise(operating, plan.reference, tested["coverage"]),
     }
+
+
+def _pair_energy(row: bundle.DialRow, energies: dict[str, Any]) -> float:
+    """E_aggressive + (1 - coverage) E_mild; mild's alone where nothing is accepted."""
+    aggressive, mild = (
+        float(energies[name]["energy_mac_units"]) for name in ("aggressive", "mild")
+    )
+    return mild if row.threshold is None else aggressive + (1 - row.coverage) * mild
 
 
 def certification_plan(job: Job) -> bundle.CertificationPlan:
@@ -337,6 +353,7 @@ def _manifest(job: Job) -> bundle.Manifest:
             replay_targets="samples/replay_targets.npy",
         ),
         certification=_carried_plan(job),
+        simulated_energy=job.results(f"compile-{recipe.compile.target}")["simulated_energy"],
         provenance={
             "recipe": _without_places(schema.encode(recipe)),
             "seed": recipe.seed,

@@ -77,6 +77,11 @@ class Target(Protocol):
         """Open an artifact; 0 threads means one for each core."""
         ...
 
+    def simulated_energy(self, artifact: Path) -> dict[str, Any] | None:
+        """``{energy_mac_units, provenance}`` of one inference, relative, where the target is a
+        simulation; None where energy must be measured."""
+        ...
+
     def probe(self) -> dict[str, Any]:
         """This machine, as the target sees it: processor, instruction sets, versions."""
         ...

@@ -25,6 +25,7 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "tensorrt",
+    "nn-dataflow",
     "pyJoules",
 )
 

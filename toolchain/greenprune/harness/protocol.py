@@ -66,6 +66,8 @@ def bench(
         BundleError: the bundle is damaged.
         TargetError: none of the runtimes is installed here.
     """
+    from greenprune.registry import load_target
+
     chosen = find_preset(preset)
     opened = bundles.open_bundle(Path(bundle).resolve())
     opened.verify()
@@ -77,6 +79,10 @@ def bench(
     with open_meter(meter) as probe:
         meter = probe.name  # settle 'auto' once: every worker must use the same
         notes = [probe.note] if probe.note else []
+    if load_target(opened.manifest.target).capabilities.meters == ("simulated",):
+        notes.append(
+            f"'{opened.manifest.target}' is simulated: times and joules are those of this machine"
+        )
     threads = threads or usable_cores()
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with _one_at_a_time(), ExitStack() as stack:
