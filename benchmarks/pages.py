@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 
+import device_tables
 import pruning_tables
 from common import HERE
 from tables import machine, percent, read, table, validity
@@ -39,7 +40,8 @@ def main() -> None:
 
 def written(block: re.Match[str]) -> str:
     name = block[1]
-    found = globals().get(name) or getattr(pruning_tables, name, None)
+    places = (sys.modules[__name__], pruning_tables, device_tables)
+    found = next((getattr(place, name) for place in places if hasattr(place, name)), None)
     if found is None:
         sys.exit(f"no table is called '{name}'")
     return f"<!-- begin {name} -->\n\n{found()}\n\n<!-- end {name} -->"
