@@ -104,6 +104,14 @@ def write_bundle(scratch: Path, networks: dict[str, nn.Module], images: Tensor) 
             kind="msp", reason="random weights", reference="dense", threshold=None, table=()
         ),
         samples=bundle.Samples(reference_input="samples/reference_input.npy"),
+        certification=bundle.CertificationPlan(
+            thresholds=(),
+            max_accuracy_loss=(),
+            operating_loss=0.0,
+            reference="dense",
+            delta=0.05,
+            seed=0,
+        ),
     )
     folder = scratch / "googlenet.bundle"
     bundle.write(folder, manifest, files)

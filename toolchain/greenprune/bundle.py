@@ -117,12 +117,12 @@ class SelectorRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class CertificationPlan:
-    """What the certificate is made from where it could not be made at the export."""
+    """What the certificate is made from, here or on the device."""
 
-    inputs: str
+    inputs: str | None = None
     """Path of the .npy images: uint8 [N, H, W, C] before, or float32 [N, C, H, W] where the bundle
-    states no preprocessing."""
-    targets: str
+    states no preprocessing. None where the certificate was made at the export."""
+    targets: str | None = None
     """Path of their classes, int64 [N]."""
     thresholds: tuple[float, ...]
     """Strict to loose."""
@@ -163,8 +163,7 @@ class Manifest:
     """``dense``, ``mild`` and ``aggressive``."""
     selector: SelectorRecord
     samples: Samples
-    certification: CertificationPlan | None = None
-    """Of a bundle for another device than the one that made it."""
+    certification: CertificationPlan
     energy_mj: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Variant to ``{value, low, high, provenance}`` for each inference; empty until measured."""
     simulated_energy: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -427,11 +426,10 @@ def _mentioned(manifest: Manifest) -> Iterator[str]:
         yield variant.graph
         yield from variant.artifacts.values()
         yield from variant.reference_outputs.values()
-    for sample in dataclasses.astuple(manifest.samples):
+    plan = manifest.certification
+    for sample in (*dataclasses.astuple(manifest.samples), plan.inputs, plan.targets):
         if sample is not None:
             yield sample
-    if manifest.certification is not None:
-        yield from (manifest.certification.inputs, manifest.certification.targets)
 
 
 def _is_safe(name: str) -> bool:

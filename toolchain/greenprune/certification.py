@@ -99,7 +99,7 @@ def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int
     opened = bundle.open_bundle(path)
     manifest = opened.manifest
     plan = manifest.certification
-    if plan is None:
+    if plan.inputs is None or plan.targets is None:
         raise BundleError(
             f"{opened.path}: carries no certification images; expected a bundle for a device other "
             "than the one that exported it, from a recipe with the built-in metric; this one "
@@ -113,7 +113,7 @@ def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int
             f"{platform.machine()}; run greenprune-bench --certify on the device"
         )
     chosen = runtime or manifest.runtime
-    scores, logits = _answer(opened, plan, chosen, threads)
+    scores, logits = _answer(opened, opened.read_array(plan.inputs), chosen, threads)
     targets = opened.read_array(plan.targets)
     right = {
         variant: (answers.argmax(axis=1) == targets).astype(np.float64)
@@ -131,11 +131,10 @@ def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int
 
 
 def _answer(
-    opened: Bundle, plan: CertificationPlan, runtime: str, threads: int
+    opened: Bundle, inputs: NDArray[Any], runtime: str, threads: int
 ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
     """The selector's scores, [N], and each variant's logits, [N, classes]."""
     manifest = opened.manifest
-    inputs = opened.read_array(plan.inputs)
     target = load_target(manifest.target)
     scores: NDArray[Any] = np.empty(0)
     logits: dict[str, NDArray[Any]] = {}
@@ -171,7 +170,6 @@ def _run(
 def describe(manifest: Manifest) -> dict[str, Any]:
     """What ``greenprune-bench --certify --json`` prints."""
     plan = manifest.certification
-    assert plan is not None
     operating = operating_row(manifest.selector.table, plan)
     return {
         "headline": promise(operating, plan.reference, operating.coverage),

@@ -234,11 +234,17 @@ def _pair_energy(row: bundle.DialRow, energies: dict[str, Any]) -> float:
 
 
 def certification_plan(job: Job) -> bundle.CertificationPlan:
-    """What the certificate is made from, here or on the device."""
+    """What the certificate is made from; its images travel where it is made on the device.
+
+    They do not where the metric is the user's own code, which the device does not have.
+    """
     settings = job.recipe.certify
+    target = load_target(job.recipe.compile.target)
+    own_metric = models.resolve(job.recipe.task.metric, RecipeError)[0] is not training.accuracy
+    travels = not certification.is_here(target.capabilities.machines) and not own_metric
     return bundle.CertificationPlan(
-        inputs="samples/certification_inputs.npy",
-        targets="samples/certification_targets.npy",
+        inputs="samples/certification_inputs.npy" if travels else None,
+        targets="samples/certification_targets.npy" if travels else None,
         thresholds=tuple(thresholds(job)),
         max_accuracy_loss=settings.max_accuracy_loss,
         operating_loss=settings.operating_loss,
@@ -289,8 +295,8 @@ def write_bundle(work: Work) -> dict[str, Any]:
         for place in (job.place("calibrate"), exported)
         for path in sorted(place.glob("*.npy"))
     }
-    plan = _carried_plan(job)
-    if plan is not None:
+    plan = certification_plan(job)
+    if plan.inputs is not None and plan.targets is not None:
         files |= {plan.inputs: _decoded(job.data.certification.inputs, job)}
         files |= {plan.targets: job.data.certification.targets.numpy()}
     files |= {f"graphs/{name}.onnx": exported / f"{name}.onnx" for name in VARIANTS}
@@ -301,15 +307,6 @@ def write_bundle(work: Work) -> dict[str, Any]:
     }
     manifest = bundle.write(work.folder / "bundle", _manifest(job), files)
     return {"bytes": sum(entry.bytes for entry in manifest.files.values())}
-
-
-def _carried_plan(job: Job) -> bundle.CertificationPlan | None:
-    """For a device that is not here; None where its runtime could not judge the answers."""
-    target = load_target(job.recipe.compile.target)
-    own_metric = models.resolve(job.recipe.task.metric, RecipeError)[0] is not training.accuracy
-    if certification.is_here(target.capabilities.machines) or own_metric:
-        return None
-    return certification_plan(job)
 
 
 def _decoded(inputs: torch.Tensor, job: Job) -> NDArray[Any]:
@@ -352,7 +349,7 @@ def _manifest(job: Job) -> bundle.Manifest:
             replay_inputs="samples/replay_inputs.npy",
             replay_targets="samples/replay_targets.npy",
         ),
-        certification=_carried_plan(job),
+        certification=certification_plan(job),
         simulated_energy=job.results(f"compile-{recipe.compile.target}")["simulated_energy"],
         provenance={
             "recipe": _without_places(schema.encode(recipe)),
