@@ -1,10 +1,11 @@
-"""Evaluate a committed network again.
+"""Evaluate a committed network or bundle again.
 
     python benchmarks/evaluate.py NAME --data DIR [--json]
 
 NAME is a folder of ``benchmarks/artifacts``; DIR holds the test images as ``test/<class>/*.png``
 (and ``train/<class>/*.png``, which the loader wants to see too). For the networks on MNIST add
-``--recipe crnn-mnist``; DIR is then the folder that holds ``MNIST/raw``.
+``--recipe crnn-mnist``; DIR is then the folder that holds ``MNIST/raw``. Of a bundle, the whole
+table of its dial is made again (``pip install 'greenprune[eyeriss]'`` for the energy).
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import dial
 import torch
 from common import ARTIFACTS
 
-from greenprune import data, training
+from greenprune import bundle, data, schema, training
+from greenprune.errors import BundleError
 from greenprune.pruning import cost, record
-from greenprune.recipe import load
+from greenprune.recipe import DataSettings, Recipe, load
 
 
 def main() -> None:
@@ -29,10 +33,25 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
-    network, described = record.load_network(ARTIFACTS / arguments.name)
+    place = ARTIFACTS / arguments.name
+    evaluated = bundle_again if (place / bundle.MANIFEST).exists() else network_again
+    found = {"name": arguments.name, **evaluated(place, arguments)}
+    print(json.dumps(found) if arguments.json else found)
+
+
+def bundle_again(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The table of the dial, on the splits that the bundle was made with."""
+    made_by = bundle.open_bundle(place).manifest.provenance["recipe"]
+    content = {**made_by["data"], "path": str(arguments.data.resolve())}
+    settings = schema.decode(content, DataSettings, str(place), BundleError)
+    return dial.table(place, data.load(settings, made_by["seed"]))
+
+
+def network_again(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy on all test images, and cost."""
+    network, described = record.load_network(place)
     size = list(described.input_shape[1:])
-    overrides = [f'data.path="{arguments.data.resolve()}"', f"data.size={size}"]
-    recipe = load(arguments.recipe, overrides)
+    recipe = recipe_of(arguments, f"data.size={size}")
     loaded = data.load(recipe.data, recipe.seed)
     parts = [loaded.test]
     if recipe.data.held_out_from == "test":
@@ -43,14 +62,16 @@ def main() -> None:
     )
     outputs = training.predict(network, split, loaded.preprocessing)
     counted = cost.count(network, torch.zeros(1, *described.input_shape))
-    found = {
-        "name": arguments.name,
+    return {
         "accuracy": float(training.accuracy(outputs, split.targets).mean()),
         "images": len(split.targets),
         "macs": counted.macs,
         "params": counted.params,
     }
-    print(json.dumps(found) if arguments.json else found)
+
+
+def recipe_of(arguments: argparse.Namespace, *overrides: str) -> Recipe:
+    return load(arguments.recipe, [f'data.path="{arguments.data.resolve()}"', *overrides])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""The pair on CIFAR-10: ResNet-56, a mild and an aggressive network, and the dial between them.
+
+    python benchmarks/pair.py --data=DIR --weights=resnet56.th [--preset standard]
+
+The built-in recipe with a longer schedule: mild at half of the MACs, aggressive at an eighth, both
+distilled for 15 and 40 epochs. The table is made by ``dial.py`` from the bundle, which is kept:
+``evaluate.py resnet56_pair --data DIR`` makes it again. Then every certified row is measured on
+this machine beside the networks alone (batch 1, ONNX Runtime), and drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import dial
+import matplotlib.pyplot as plt
+from common import ARTIFACTS, HERE, keep_network, write_result
+
+from greenprune import api, bundle, schema
+from greenprune.harness import bench
+
+NAME = "resnet56_pair"
+RUNTIME = "onnxruntime"
+OVERRIDES = (
+    "sparsify.epochs=0",
+    "prune.keep_at_least=0.1",
+    "prune.width_multiple=4",
+    "prune.mild.macs=0.5",
+    "prune.aggressive.macs=0.125",
+    "finetune.mild.epochs=15",
+    "finetune.mild.learning_rate=0.02",
+    "finetune.aggressive.epochs=40",
+    "finetune.aggressive.learning_rate=0.05",
+    "certify.max_accuracy_loss=[0.01, 0.02, 0.03]",
+)
+DISTILLED = (
+    "distillation=0.9",
+    "features=10.0",
+    "precision=bf16",
+    "weight_decay=2e-4",
+    "warmup_epochs=0.5",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--preset", default="standard")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    arguments = parser.parse_args()
+
+    begin = time.monotonic()
+    overrides = [
+        f'model.weights="{arguments.weights.resolve()}"',
+        f'data.path="{arguments.data.resolve()}"',
+        *OVERRIDES,
+        *(f"finetune.{name}.{text}" for name in ("mild", "aggressive") for text in DISTILLED),
+    ]
+    summary = api.run("resnet56-cifar10", overrides=overrides, runs=arguments.runs, name=NAME)
+    job = api.open_job("resnet56-cifar10", overrides=overrides, runs=arguments.runs, name=NAME)
+    keep_network(Path(summary["bundle"]), NAME)
+    figures = dial.table(ARTIFACTS / NAME, job.data)
+    figures["selector_reason"] = summary["selector"]
+    figures["milliseconds"] = measure(ARTIFACTS / NAME, figures, arguments.preset)
+    draw(figures, HERE.parent / "docs" / "pair.svg")
+    seconds = time.monotonic() - begin
+    print(write_result("pair", seed=job.recipe.seed, seconds=seconds, figures=figures))
+
+
+def measure(path: Path, figures: dict[str, Any], preset: str) -> list[dict[str, Any]]:
+    """Mean latency of the networks alone and of the pair at every certified threshold."""
+    rows = []
+    thresholds = {row["threshold"] for row in figures["dial"] if row["certified"]}
+    for threshold in sorted(thresholds - {None}, reverse=True):
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(shutil.copytree(path, Path(scratch) / NAME))
+            record = bundle.open_bundle(place).manifest.selector
+            turned = dataclasses.replace(record, threshold=threshold)
+            bundle.update_manifest(place, {"selector": turned})
+            results = bench(place, preset=preset, runtimes=[RUNTIME])
+        rows.append(
+            {
+                "threshold": threshold,
+                "verdict": schema.encode(results.verdict),
+                "candidates": {
+                    found.variant: {
+                        "mean_ms": schema.encode(found.latency_ms["mean"]),
+                        "speedup": schema.encode(found.speedup),
+                        "accept_rate": found.accept_rate,
+                    }
+                    for found in results.candidates
+                },
+            }
+        )
+    return rows
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Accuracy against energy: the networks alone, and the dial between them."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for name, found in figures["networks"].items():
+        axes.plot(found["energy"], 100 * found["accuracy"], "o", color="0.35")
+        place = (found["energy"], 100 * found["accuracy"])
+        axes.annotate(name, place, textcoords="offset points", xytext=(6, -12))
+    for reference, marker in (("dense", "s"), ("mild", "^")):
+        rows = [r for r in figures["dial"] if r["reference"] == reference and r["certified"]]
+        axes.plot(
+            [row["energy"] for row in rows],
+            [100 * row["accuracy"] for row in rows],
+            marker,
+            linestyle="-",
+            label=f"pair, certified against {reference}",
+        )
+        for row in rows:
+            place = (row["energy"], 100 * row["accuracy"])
+            text = f"{100 * row['max_accuracy_loss']:.0f} pt"
+            axes.annotate(text, place, textcoords="offset points", xytext=(4, 6), fontsize=8)
+    axes.set_xlabel("energy on Eyeriss (simulated), dense = 1")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
