@@ -11,7 +11,8 @@ lets the scores say as well which layers lose most, as greenprune does by defaul
 ``--scope=uniform`` cuts every group by the same share, so that only the order within a layer
 counts, which is all that HRank and FPGM claim.
 
-The other 5,000 training images choose: no training sees them. The test images judge once, after the
+The other 5,000 training images choose, as no training sees them: the default stays unless another
+criterion is better with 95% confidence. The test images judge once, after the
 last epoch, and choose nothing. Seeds draw the calibration images and the order of training. One
 result a criterion and seed is kept under ``--runs``: what is there is not run again, and a training
 that was killed goes on from its last epoch.
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from cifar import accuracy, load_images, test_accuracy
 from common import write_result
+from scipy import stats
 from torch import nn
 
 from greenprune import data, models, storage, training
@@ -38,6 +40,7 @@ from greenprune.pruning.scores import METHODS, measure
 from greenprune.recipe import TrainingSettings
 
 SEEDS = (0, 1, 2)
+DEFAULT = "drp"
 DEVELOPMENT = 5000
 IMAGES = 1024
 BATCHNORM_IMAGES = 1024
@@ -97,9 +100,11 @@ def main() -> None:
         "methods": summarise(rows),
         "rows": rows,
     }
-    figures["chosen"] = max(
-        figures["methods"], key=lambda method: figures["methods"][method]["development"]["mean"]
-    )
+    figures["over_the_default"] = gains(rows)
+    better = {
+        name: found for name, found in figures["over_the_default"].items() if found["low"] > 0
+    }
+    figures["chosen"] = max(better, key=lambda name: better[name]["mean"], default=DEFAULT)
     seconds = sum(row["seconds"] for row in rows)
     print(f"chosen: {figures['chosen']} ({time.monotonic() - begin:.0f} s this time)")
     print(write_result(name, seed=SEEDS[0], seconds=seconds, figures=figures, script="criteria"))
@@ -179,6 +184,22 @@ def run(
     }
     checkpoint.unlink(missing_ok=True)
     return row
+
+
+def gains(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Points of development accuracy that each method is ahead of the default, paired by seed, with
+    a 95% interval (Student's t)."""
+    found = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own, default = (
+            np.array([row["development"] for row in rows if row["method"] == name])
+            for name in (method, DEFAULT)
+        )
+        ahead = 100 * (own - default)
+        half = stats.t.ppf(0.975, len(ahead) - 1) * ahead.std(ddof=1) / np.sqrt(len(ahead))
+        mean = float(ahead.mean())
+        found[method] = {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
+    return found
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
