@@ -86,9 +86,9 @@ def criteria() -> str:
     ]
     note = (
         f"Before the cut {figures['dense_development']:.2%} (development) and "
-        f"{figures['dense_test']:.2%} (test). At most {figures['macs_allowed']:.0%} of the MACs, widths on multiples of "
-        f"{figures['width_multiple']}, mean ± deviation over three seeds; the first two columns "
-        "are on the development split too. `benchmarks/criteria.py`."
+        f"{figures['dense_test']:.2%} (test). At most {figures['macs_allowed']:.0%} of the MACs, "
+        f"widths on multiples of {figures['width_multiple']}, mean ± deviation over three "
+        "seeds; the first two columns are on the development split too. `benchmarks/criteria.py`."
     )
     return "\n".join([table(headings, rows), "", note])
 
