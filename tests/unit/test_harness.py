@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,24 @@ def test_worker_refuses_and_its_death_is_told() -> None:
             client.receive(60)
     finally:
         client.close()
+
+
+def test_an_interrupt_while_a_worker_is_asked_leaves_nothing_that_holds_up_the_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Timer.start
+
+    def interrupted(timer: threading.Timer) -> None:
+        start(timer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", interrupted)
+    client = Client("dense on nothing")
+    try:
+        client.send("nonsense")
+        with pytest.raises(KeyboardInterrupt):
+            client.receive(600)
+    finally:
+        client.close()
+    waiting = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(thread.daemon or thread.finished.is_set() for thread in waiting)

@@ -61,8 +61,9 @@ class Client:
         """Wait for the answer to the last request; errors as in :meth:`ask`."""
         assert self._process.stdout is not None
         timer = threading.Timer(limit_seconds, self._process.kill)
-        timer.start()
+        timer.daemon = True  # interrupted before the cancelling, it must not hold up the exit
         try:
+            timer.start()
             line = self._process.stdout.readline()
         finally:
             timer.cancel()
