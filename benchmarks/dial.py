@@ -104,18 +104,12 @@ def prepared(loaded: data.Data) -> list[NDArray[np.float32]]:
 
 def answers(opened: Bundle, inputs: NDArray[np.float32]) -> dict[str, dict[str, NDArray[Any]]]:
     """What each deployed network answers: variant, output, [N, ...]."""
-    target = load_target(opened.manifest.target)
-    found = {}
-    for name in VARIANTS:
-        runner = target.open(opened.artifact(name, RUNTIME), RUNTIME, 0)
-        try:
-            parts = [
-                runner.run(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)
-            ]
-        finally:
-            runner.close()
-        found[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    return found
+    return certification.answers(
+        load_target(opened.manifest.target),
+        {name: opened.artifact(name, RUNTIME) for name in VARIANTS},
+        RUNTIME,
+        (inputs[start : start + BATCH] for start in range(0, len(inputs), BATCH)),
+    )
 
 
 def is_right(found: dict[str, NDArray[Any]], split: data.Split) -> NDArray[np.float64]:

@@ -119,7 +119,7 @@ async def set_policy(request: Request) -> Response:
     if not isinstance(asked, dict) or set(asked) - set(POLICY_KEYS):
         return refusal(400, f"expected a JSON object with some of {', '.join(POLICY_KEYS)}")
     try:
-        session.policy = Policy(**asked)
+        await run_in_threadpool(setattr, session, "policy", Policy(**asked))  # may open a network
     except GreenpruneError as error:
         return refusal(409, str(error))
     except TypeError as error:

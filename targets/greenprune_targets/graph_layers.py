@@ -15,7 +15,7 @@ from greenprune_targets.row_stationary import LayerShape
 if TYPE_CHECKING:
     import onnx
 
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+RECURRENT = ("LSTM", "GRU", "RNN")
 NOT_MAPPED = (
     "Attention",
     "ConvInteger",
@@ -158,7 +158,7 @@ def _products(node: onnx.NodeProto, name: str, shape_of: Shapes) -> list[GraphLa
             "MatMul, LSTM, GRU or RNN"
         )
     attributes = {item.name: get_attribute_value(item) for item in node.attribute}
-    if node.op_type in GATES:
+    if node.op_type in RECURRENT:
         return _recurrent(node, name, attributes, shape_of)
     readers = {
         "Conv": _convolution,

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from greenprune import training
+from greenprune.bundle import Preprocessing
+from greenprune.data import Data, Split, normalise
 from greenprune.distillation import distilled, shared_stages
 from greenprune.models import lenet5, resnet20
 from greenprune.pruning import surgery
@@ -83,6 +86,30 @@ def test_hooks_go_and_no_weight_means_no_stages() -> None:
     with distilled(model, teacher, IMAGES, none, F.cross_entropy) as objective:
         assert not model.get_submodule("layer1")._forward_hooks
         assert torch.isfinite(objective(IMAGES, model(IMAGES), TARGETS))
+
+
+def test_fine_tuning_by_a_recipe_distils_stages() -> None:
+    """From the same start: with their weight the stages end nearer to the teacher's."""
+    split = Split(
+        inputs=torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), targets=torch.arange(32) % 10
+    )
+    images = Preprocessing(channels=3, size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = Data(
+        train=split, development=split, selector=split, certification=split, test=split,
+        class_names=tuple("0123456789"), preprocessing=images, augmentation="none", fingerprint="",
+    )  # fmt: skip
+    distances = []
+    for features in (0.0, 100.0):
+        model, teacher = pair({f"layer{n}.0.conv1": list(range(8)) for n in (1, 2, 3)})
+        settings = replace(
+            SETTINGS, features=features, epochs=4, batch_size=16, learning_rate=0.002
+        )
+        training.fit(model, data, settings, seed=0, teacher=teacher)
+        only_stages = replace(SETTINGS, distillation=0.0, features=1.0)
+        inputs = normalise(split.inputs, images)
+        with distilled(model, teacher, inputs, only_stages, lambda o, t: o.sum() * 0) as objective:
+            distances.append(objective(inputs, model(inputs), split.targets).item())
+    assert distances[1] < 0.9 * distances[0]
 
 
 def test_a_few_steps_bring_the_stages_nearer() -> None:

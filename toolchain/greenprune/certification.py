@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenprune import bundle, schema
-from greenprune.bundle import VARIANTS, Bundle, CertificationPlan, DialRow, Manifest
+from greenprune.bundle import VARIANTS, CertificationPlan, DialRow, Manifest, Preprocessing
 from greenprune.errors import BundleError, TargetError
 from greenprune.progress import progress
-from greenprune.registry import Runner, load_target
+from greenprune.registry import Target, load_target
 from greenprune.runtime.networks import SCORE
 from greenprune.runtime.preprocessing import preprocess
 from greenprune.runtime.selector import decide
@@ -82,14 +83,44 @@ def is_here(machines: Iterable[str]) -> bool:
     return platform.machine() in machines
 
 
-def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int = 0) -> Manifest:
+def answers(
+    target: Target,
+    artifacts: Mapping[str, Path],
+    runtime: str,
+    batches: Iterable[NDArray[np.float32]],
+    threads: int = 0,
+) -> dict[str, dict[str, NDArray[Any]]]:
+    """What deployed networks answer: variant to output to [N, ...].
+
+    Args:
+        target: whose artifacts they are.
+        artifacts: variant to its artifact's main file.
+        runtime: that opens them.
+        batches: prepared inputs, float32 [n, C, H, W] each; gone through once.
+        threads: for the runtime; 0 means one for each core.
+    """
+    parts: dict[str, list[dict[str, NDArray[Any]]]] = {variant: [] for variant in artifacts}
+    with ExitStack() as stack:
+        runners = {}
+        for variant, artifact in artifacts.items():
+            runners[variant] = target.open(artifact, runtime, threads)
+            stack.callback(runners[variant].close)
+        for batch in batches:
+            for variant, runner in runners.items():
+                parts[variant].append(runner.run(batch))
+    return {
+        variant: {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        for variant, found in parts.items()
+    }
+
+
+def certify_bundle(path: Path | str, *, threads: int = 0) -> Manifest:
     """Certify a bundle on this machine with the images that it carries, and write that into it.
 
     An answer is right where its largest logit is the image's class.
 
     Args:
         path: the bundle's folder; its manifest is replaced, atomically.
-        runtime: to certify; None takes the bundle's own.
         threads: for the runtime; 0 means one for each core.
 
     Raises:
@@ -112,59 +143,37 @@ def certify_bundle(path: Path | str, *, runtime: str | None = None, threads: int
             f"{' or '.join(target.capabilities.machines)} alone, and this machine is "
             f"{platform.machine()}; run greenprune-bench --certify on the device"
         )
-    chosen = runtime or manifest.runtime
-    scores, logits = _answer(opened, opened.read_array(plan.inputs), chosen, threads)
+    artifacts = {variant: opened.artifact(variant, manifest.runtime) for variant in VARIANTS}
+    batches = _prepared(opened.read_array(plan.inputs), manifest.preprocessing)
+    found = answers(target, artifacts, manifest.runtime, batches, threads)
     targets = opened.read_array(plan.targets)
+    logits = {variant: each[manifest.outputs[0].name] for variant, each in found.items()}
     right = {
-        variant: (answers.argmax(axis=1) == targets).astype(np.float64)
-        for variant, answers in logits.items()
+        variant: (each.argmax(axis=1) == targets).astype(np.float64)
+        for variant, each in logits.items()
     }
-    table = make_dial(scores, logits, right, plan)
+    table = make_dial(found["aggressive"][SCORE], logits, right, plan)
     operating = operating_row(table, plan)
     record = dataclasses.replace(
         manifest.selector,
         threshold=operating.threshold if operating.certified else None,
         table=table,
-        certified_on=manifest.setting(chosen),
+        certified_on=manifest.setting(manifest.runtime),
     )
     return bundle.update_manifest(path, {"selector": record})
 
 
-def _answer(
-    opened: Bundle, inputs: NDArray[Any], runtime: str, threads: int
-) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-    """The selector's scores, [N], and each variant's logits, [N, classes]."""
-    manifest = opened.manifest
-    target = load_target(manifest.target)
-    scores: NDArray[Any] = np.empty(0)
-    logits: dict[str, NDArray[Any]] = {}
-    with progress("certify", len(VARIANTS) * len(inputs)) as advance:
-        for variant in VARIANTS:
-            runner = target.open(opened.artifact(variant, runtime), runtime, threads)
-            try:
-                parts = [
-                    _run(runner, inputs[start : start + BATCH], manifest, advance)
-                    for start in range(0, len(inputs), BATCH)
-                ]
-            finally:
-                runner.close()
-            logits[variant] = np.concatenate([part[manifest.outputs[0].name] for part in parts])
-            if variant == "aggressive":
-                scores = np.concatenate([part[SCORE] for part in parts])
-    return scores, logits
-
-
-def _run(
-    runner: Runner, images: NDArray[Any], manifest: Manifest, advance: Any
-) -> dict[str, NDArray[Any]]:
-    settings = manifest.preprocessing
-    if settings is None:
-        prepared = images
-    else:
-        prepared = np.concatenate([preprocess(image, settings) for image in images])
-    answers = runner.run(prepared)
-    advance(len(images))
-    return answers
+def _prepared(
+    images: NDArray[Any], settings: Preprocessing | None
+) -> Iterator[NDArray[np.float32]]:
+    """Batches of the bundle's images as its networks take them."""
+    with progress("certify", len(images)) as advance:
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH]
+            if settings is not None:
+                batch = np.concatenate([preprocess(image, settings) for image in batch])
+            yield batch
+            advance(len(batch))
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:

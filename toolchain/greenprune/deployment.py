@@ -174,18 +174,14 @@ def answers(job: Job, split: Split) -> dict[str, dict[str, NDArray[np.float32]]]
     target = load_target(job.recipe.compile.target)
     place = job.place(f"compile-{target.name}")
     runtime = default_runtime(job)
-    found = {}
-    for variant in VARIANTS:
-        relative = job.results(f"compile-{target.name}")["artifacts"][variant][runtime]
-        runner = target.open(place / relative, runtime, job.recipe.threads)
-        try:
-            batches = [runner.run(_prepared(job, part)) for part in split.inputs.split(BATCH)]
-        finally:
-            runner.close()
-        found[variant] = {
-            name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
-        }
-    return found
+    built = job.results(f"compile-{target.name}")["artifacts"]
+    return certification.answers(
+        target,
+        {variant: place / built[variant][runtime] for variant in VARIANTS},
+        runtime,
+        (_prepared(job, part) for part in split.inputs.split(BATCH)),
+        job.recipe.threads,
+    )
 
 
 def _right(job: Job, logits: NDArray[np.float32], split: Split) -> NDArray[np.float64]:
