@@ -30,7 +30,7 @@ from greenprune.nncec.account import account
 from greenprune.onnx_export import export_onnx
 from greenprune.pruning.batchnorm import reestimate
 from greenprune.pruning.cost import count
-from greenprune.registry import load_target
+from greenprune.registry import Build, load_target
 
 RUNTIME = "onnxruntime"
 IMAGES = 16
@@ -74,7 +74,7 @@ def write_bundle(scratch: Path, networks: dict[str, nn.Module], images: Tensor) 
         scored = name == "aggressive"
         exported = MspNetwork(network) if scored else network
         answers = export_onnx(exported, images, graph, ["logits", "score"][: 1 + scored])
-        made = target.compile(graph, RUNTIME, scratch / RUNTIME, name)
+        made = target.compile(graph, Build(runtime=RUNTIME), scratch / RUNTIME, name)
         artifact = f"artifacts/{RUNTIME}/{made.name}"
         references = {output: f"samples/{name}_{output}.npy" for output in answers}
         files |= {f"graphs/{name}.onnx": graph, artifact: made}

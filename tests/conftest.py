@@ -95,7 +95,7 @@ def write_linear_graph(path: Path, weights: Array, *, score: bool) -> None:
 def build_tiny_bundle(folder: Path, scratch: Path) -> Path:
     """Write a whole bundle into ``folder``; ``scratch`` holds the parts on their way."""
     from greenprune import bundle
-    from greenprune.registry import load_target
+    from greenprune.registry import Build, load_target
 
     x86 = load_target("x86")
     runtimes = ["onnxruntime"]
@@ -124,7 +124,7 @@ def build_tiny_bundle(folder: Path, scratch: Path) -> Path:
         files[f"graphs/{name}.onnx"] = graph
         artifacts = {}
         for runtime in runtimes:
-            made = x86.compile(graph, runtime, scratch / runtime, name)
+            made = x86.compile(graph, Build(runtime=runtime), scratch / runtime, name)
             for part in sorted(made.parent.glob(f"{name}.*")):
                 files[f"artifacts/{runtime}/{part.name}"] = part
             artifacts[runtime] = f"artifacts/{runtime}/{made.name}"
@@ -148,7 +148,6 @@ def build_tiny_bundle(folder: Path, scratch: Path) -> Path:
         name="tiny",
         created="2026-01-01T00:00:00Z",
         target="x86",
-        precision="fp32",
         runtime="onnxruntime",
         input=bundle.TensorSpec(name="input", shape=(None, 1, SIZE, SIZE), dtype="float32"),
         outputs=(bundle.TensorSpec(name="logits", shape=(None, CLASSES), dtype="float32"),),

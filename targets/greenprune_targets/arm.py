@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from greenprune.registry import Capabilities, Runner
+from greenprune.registry import Build, Capabilities, Runner
 from greenprune_targets import onnxruntime_cpu
 from greenprune_targets.base import BaseTarget
 
@@ -25,10 +25,10 @@ class Arm(BaseTarget):
         "exported; width_multiple is taken over from x86, not measured",
     )
 
-    def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
+    def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """The graph itself: every machine optimises it when it is opened."""
-        self.check_runtime(runtime)
-        return onnxruntime_cpu.compile_graph(graph, folder, name)
+        self.check_build(build)
+        return onnxruntime_cpu.compile_graph(graph, build, folder, name)
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
         """Open on this machine's CPU, whatever it is: the graph is the same."""

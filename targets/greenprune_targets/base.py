@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from greenprune.errors import GreenpruneError, NotAvailableError, TargetError
-from greenprune.registry import Capabilities, Runner
+from greenprune.registry import Build, Capabilities, Runner, runtime_name, split_runtime
 
 X86_ISA = ("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8")
 ARM_ISA = ("neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
@@ -30,13 +30,21 @@ class BaseTarget:
         """Those of the target's runtimes that are installed on this machine."""
         return tuple(runtime for runtime in self.capabilities.runtimes if find_spec(runtime))
 
-    def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
+    def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """Refuse: this target compiles nothing yet."""
         raise NotAvailableError(self._missing())
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
         """Refuse: this target opens nothing yet."""
         raise NotAvailableError(self._missing())
+
+    def open_on_host(self, artifact: Path, runtime: str, threads: int) -> Runner:
+        """As :meth:`open`: what this target compiles, the host can run."""
+        return self.open(artifact, runtime, threads)
+
+    def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
+        """Empty: the target does not tell."""
+        return {}
 
     def simulated_energy(self, artifact: Path) -> dict[str, Any] | None:
         """None: measured, not simulated."""
@@ -48,12 +56,29 @@ class BaseTarget:
             "versions": {runtime: version(runtime) for runtime in self.capabilities.runtimes}
         }
 
-    def check_runtime(self, runtime: str) -> None:
-        """Raises TargetError: ``runtime`` is none of the target's."""
-        if runtime not in self.capabilities.runtimes:
+    def check_runtime(self, name: str) -> tuple[str, str]:
+        """Runtime and precision of a runtime's name.
+
+        Raises:
+            TargetError: they are none of the target's.
+        """
+        runtime, precision = split_runtime(name)
+        found = self.capabilities
+        if runtime not in found.runtimes or precision not in found.precisions:
             raise TargetError(
-                f"target '{self.name}' has no runtime '{runtime}'; "
-                f"expected one of: {', '.join(self.capabilities.runtimes)}"
+                f"target '{self.name}' has no runtime '{name}'; "
+                f"expected one of: {', '.join(found.runtimes)}, in {', '.join(found.precisions)}"
+            )
+        return runtime, precision
+
+    def check_build(self, build: Build) -> None:
+        """Raises TargetError: ``build`` is none that the target can make, or int8 without images
+        to calibrate with."""
+        self.check_runtime(runtime_name(build.runtime, build.precision))
+        if build.precision == "int8" and (build.calibration is None or not len(build.calibration)):
+            raise TargetError(
+                f"target '{self.name}': int8 needs images to calibrate with and there are none; "
+                "set compile.calibration_images to a hundred or more"
             )
 
     def _missing(self) -> str:

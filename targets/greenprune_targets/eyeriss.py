@@ -15,7 +15,7 @@ from greenprune import schema, storage
 from greenprune.bundle import Provenance
 from greenprune.errors import TargetError
 from greenprune.progress import progress
-from greenprune.registry import Capabilities, Runner
+from greenprune.registry import Build, Capabilities, Runner
 from greenprune_targets import onnxruntime_cpu
 from greenprune_targets.base import BaseTarget, version
 from greenprune_targets.graph_layers import GraphLayer, read_layers
@@ -116,14 +116,14 @@ class Eyeriss(BaseTarget):
         "relative and in MAC units; answers by ONNX Runtime in float32",
     )
 
-    def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
+    def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """A copy of the graph, ``<name>.onnx``, and its simulation for one input, ``<name>.json``.
 
         Raises:
             MissingPackageError: onnx or nn-dataflow is not installed.
             TargetError: as :func:`simulate`; or some layer has no mapping.
         """
-        self.check_runtime(runtime)
+        self.check_build(build)
         simulation = simulate(graph)
         if simulation.not_mapped:
             reasons = "; ".join(f"{key}: {why}" for key, why in simulation.not_mapped.items())
@@ -132,7 +132,7 @@ class Eyeriss(BaseTarget):
                 f"{len(simulation.not_mapped)} of them cannot be, so that the network's energy is "
                 f"not known: {reasons}"
             )
-        artifact = onnxruntime_cpu.compile_graph(graph, folder, name)
+        artifact = onnxruntime_cpu.compile_graph(graph, build, folder, name)
         storage.write_json(artifact.with_suffix(".json"), schema.encode(simulation))
         return artifact
 

@@ -10,17 +10,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenprune.errors import MissingPackageError
+from greenprune.registry import Build
+from greenprune_calibration import inspection, quantise
 from greenprune_targets.base import refusal
 
 
-def compile_graph(graph: Path, folder: Path, name: str) -> Path:
-    """Copy the graph to ``folder/<name>.onnx``.
+def compile_graph(graph: Path, build: Build, folder: Path, name: str) -> Path:
+    """Copy the graph, or quantise it, to ``folder/<name>.onnx``.
 
     What ONNX Runtime's optimiser writes is bound to its version and the processor it ran on, so
     the plain graph travels and every machine optimises for itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copyfile(graph, folder / f"{name}.onnx"))
+    path = folder / f"{name}.onnx"
+    if build.precision == "int8":
+        assert build.calibration is not None  # BaseTarget.check_build()
+        with refusal(graph, "onnxruntime"):
+            quantise.cpu_int8(graph, build.calibration, path, keep_float=build.keep_float)
+    else:
+        shutil.copyfile(graph, path)
+    return path
+
+
+def layer_precisions(artifact: Path) -> dict[str, str]:
+    """What each layer computes in once ONNX Runtime has optimised the graph on this machine."""
+    with refusal(artifact, "onnxruntime"):
+        found = inspection.int8_kernels(artifact)
+    return {layer: "int8" if integer else "fp32" for layer, integer in found.items()}
 
 
 def open_session(artifact: Path, threads: int) -> OnnxRuntimeRunner:

@@ -1,10 +1,11 @@
-"""x86-64 processors: ONNX Runtime and OpenVINO, fp32."""
+"""x86-64 processors: ONNX Runtime and OpenVINO, fp32 and int8."""
 
 from __future__ import annotations
 
 import sys
 from collections import deque
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenprune.errors import MissingPackageError
-from greenprune.registry import Capabilities, Runner
+from greenprune.registry import Build, Capabilities, Runner
 from greenprune_targets import onnxruntime_cpu
 from greenprune_targets.base import BaseTarget, refusal
+
+OPENVINO_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+OPENVINO_PRECISIONS = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 
 
 class X86(BaseTarget):
@@ -23,7 +27,7 @@ class X86(BaseTarget):
     name = "x86"
     description = "x86-64 CPU, by ONNX Runtime or OpenVINO"
     capabilities = Capabilities(
-        precisions=("fp32",),
+        precisions=("fp32", "int8"),
         runtimes=("onnxruntime", "openvino"),
         opset=20,
         width_multiple=8,
@@ -31,32 +35,44 @@ class X86(BaseTarget):
         machines=("x86_64", "AMD64"),
     )
 
-    def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
-        """ONNX Runtime: the graph itself. OpenVINO: its portable IR, ``.xml`` and ``.bin``."""
-        self.check_runtime(runtime)
-        if runtime == "onnxruntime":
-            return onnxruntime_cpu.compile_graph(graph, folder, name)
+    def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
+        """ONNX Runtime: the graph itself, with Q/DQ for int8. OpenVINO: its portable IR, ``.xml``
+        and ``.bin``, quantised by NNCF for int8."""
+        self.check_build(build)
+        if build.runtime == "onnxruntime":
+            return onnxruntime_cpu.compile_graph(graph, build, folder, name)
         openvino = _openvino()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.xml"
         # Not convert_model(): it reads more formats, which we do not need, and reports its use.
-        with refusal(graph, runtime):
-            openvino.save_model(_core().read_model(graph), path, compress_to_fp16=False)
+        with refusal(graph, build.runtime):
+            model = _core().read_model(graph)
+            if build.precision == "int8":
+                model = _quantise(model, build)
+            openvino.save_model(model, path, compress_to_fp16=False)
         return path
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
-        """Open for one inference at a time at lowest latency, in full float32."""
-        self.check_runtime(runtime)
-        if runtime == "onnxruntime":
+        """Open for one inference at a time at lowest latency; nothing is narrowed silently."""
+        base, _ = self.check_runtime(runtime)
+        if base == "onnxruntime":
             return onnxruntime_cpu.open_session(artifact, threads)
-        settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
+        with refusal(artifact, base):
+            return OpenVinoRunner(_compile_model(artifact, threads))
+
+    def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
+        """From the graph that the runtime makes of the artifact on this machine."""
+        base, _ = self.check_runtime(runtime)
+        if base == "onnxruntime":
+            return onnxruntime_cpu.layer_precisions(artifact)
+        with refusal(artifact, base):
+            layers = _compile_model(artifact, 0).get_runtime_model().get_ops()
+        told = {layer.get_friendly_name(): layer.get_rt_info() for layer in layers}
+        return {
+            name: OPENVINO_PRECISIONS.get(str(info["runtimePrecision"].value), "other")
+            for name, info in told.items()
+            if str(info["layerType"].value) in OPENVINO_LAYERS
         }
-        if threads:
-            settings["INFERENCE_NUM_THREADS"] = threads
-        with refusal(artifact, runtime):
-            return OpenVinoRunner(_core().compile_model(artifact, "CPU", settings))
 
 
 class OpenVinoRunner:
@@ -86,20 +102,44 @@ class OpenVinoRunner:
         self._idle.clear()
 
 
+def _compile_model(artifact: Path, threads: int) -> Any:
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return _core().compile_model(artifact, "CPU", settings)
+
+
+def _quantise(model: Any, build: Build) -> Any:
+    """NNCF's post-training quantisation, with its defaults: those of OpenVINO's int8 kernels."""
+    nncf = _without_telemetry("nncf")
+    assert build.calibration is not None  # BaseTarget.check_build()
+    # the front end appends this to the name of an ONNX node that becomes several operations
+    kept = [name + end for name in build.keep_float for end in ("", "/WithoutBiases")]
+    return nncf.quantize(
+        model,
+        nncf.Dataset(list(build.calibration[:, None])),
+        subset_size=len(build.calibration),
+        ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+    )
+
+
 @cache
 def _openvino() -> Any:
-    """The openvino package, kept from reporting its use over the network when it is imported."""
+    return _without_telemetry("openvino")
+
+
+def _without_telemetry(package: str) -> Any:
+    """A package of the OpenVINO family, kept from reporting its use over the network."""
     blocked = "openvino_telemetry" not in sys.modules
     if blocked:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
-        import openvino
+        return import_module(package)
     except ImportError as error:
-        raise MissingPackageError("openvino", "x86") from error
+        raise MissingPackageError(package, "x86") from error
     finally:
         if blocked:
             del sys.modules["openvino_telemetry"]
-    return openvino
 
 
 @cache

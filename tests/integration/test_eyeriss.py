@@ -13,7 +13,7 @@ from greenprune import models
 from greenprune.adaptive.selector import ScoredNetwork, SelectorHead, tap
 from greenprune.onnx_export import export_onnx
 from greenprune.pruning.cost import count
-from greenprune.registry import load_target
+from greenprune.registry import Build, load_target
 from greenprune.runtime.runners import verify_artifact
 from greenprune_targets.eyeriss import simulate
 
@@ -25,7 +25,7 @@ def test_resnet20_by_its_published_energy_and_our_own_count_of_macs(tmp_path: Pa
     graph = tmp_path / "dense.onnx"
     references = export_onnx(network, example, graph, ["logits"])
     target: Any = load_target("eyeriss")
-    made = target.compile(graph, "onnxruntime", tmp_path / "out", "dense")
+    made = target.compile(graph, Build(runtime="onnxruntime"), tmp_path / "out", "dense")
     found = target.simulation(made)
     assert found.energy_mac_units == pytest.approx(351e6, abs=0.5e6)
     assert found.macs == count(network, example).macs

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenprune.errors import MissingPackageError, TargetError
-from greenprune.registry import load_target
+from greenprune.registry import Build, load_target
 from greenprune_targets.eyeriss import Simulation, simulate
 from greenprune_targets.graph_layers import GraphLayer, read_layers
 from greenprune_targets.row_stationary import LayerShape, layer_energy
@@ -308,7 +308,7 @@ def test_what_cannot_be_mapped_is_named_and_never_zero(
     assert found.energy_mac_units is None
     assert list(found.not_mapped) == ["layer"]
     with pytest.raises(TargetError, match=rf"layer: {operation}: .*{reason}"):
-        load_target("eyeriss").compile(graph, "onnxruntime", tmp_path / "out", "net")
+        load_target("eyeriss").compile(graph, Build(runtime="onnxruntime"), tmp_path / "out", "net")
     assert not (tmp_path / "out").exists()
 
 
@@ -355,7 +355,7 @@ def test_a_shape_is_searched_for_once() -> None:
 def test_compile_writes_the_graph_and_its_simulation(write: Write, tmp_path: Path) -> None:
     graph = write("Conv", ("batch", 3, 8, 8), (4, 3, 3, 3))
     target: Any = load_target("eyeriss")
-    made = target.compile(graph, "onnxruntime", tmp_path / "out", "mild")
+    made = target.compile(graph, Build(runtime="onnxruntime"), tmp_path / "out", "mild")
     assert made == tmp_path / "out/mild.onnx"
     assert made.read_bytes() == graph.read_bytes()
     read: Simulation = target.simulation(made)

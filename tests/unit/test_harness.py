@@ -91,7 +91,6 @@ def results(preset: str = "standard", factor: float = 0.5) -> Results:
         schema=1,
         bundle="tiny",
         target="x86",
-        precision="fp32",
         created="2026-01-01T00:00:00+00:00",
         preset=preset,
         seed=0,

@@ -19,6 +19,7 @@ from greenprune.errors import (
     NotAvailableError,
     TargetError,
 )
+from greenprune.registry import Build
 from greenprune.runtime.runners import verify_artifact
 from greenprune_targets.base import processor
 
@@ -62,7 +63,7 @@ def test_what_is_not_there_yet_says_so(name: str, tmp_path: Path) -> None:
     target = registry.load_target(name)
     runtime = target.capabilities.runtimes[0]
     with pytest.raises(NotAvailableError, match=f"not available yet: {name}: "):
-        target.compile(tmp_path / "a.onnx", runtime, tmp_path, "a")
+        target.compile(tmp_path / "a.onnx", Build(runtime=runtime), tmp_path, "a")
     with pytest.raises(NotAvailableError, match=f"not available yet: {name}: "):
         target.open(tmp_path / "a.onnx", runtime, 0)
 
@@ -92,7 +93,8 @@ def test_other_packages_bring_targets_but_no_built_in_names(
 def test_compile_and_open_again(name: str, runtime: str, tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip(runtime)
     target, opened = registry.load_target(name), open_bundle(tiny_bundle)
-    made = target.compile(opened.file("graphs/aggressive.onnx"), runtime, tmp_path / "out", "net")
+    graph, build = opened.file("graphs/aggressive.onnx"), Build(runtime=runtime)
+    made = target.compile(graph, build, tmp_path / "out", "net")
     assert made.parent == tmp_path / "out"
     assert made.stem == "net"
     runner = target.open(made, runtime, 1)
@@ -114,10 +116,11 @@ def test_openvino_is_imported_without_its_telemetry(tiny_bundle: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from greenprune.registry import load_target\n"
+        "from greenprune.registry import Build, load_target\n"
         f"graph = Path({str(tiny_bundle / 'graphs/mild.onnx')!r})\n"
         "target = load_target('x86')\n"
-        "target.open(target.compile(graph, 'openvino', graph.parent, 'm'), 'openvino', 1)\n"
+        "made = target.compile(graph, Build(runtime='openvino'), graph.parent, 'm')\n"
+        "target.open(made, 'openvino', 1)\n"
         "sys.exit('openvino_telemetry' in sys.modules)"
     )
     done = subprocess.run(
@@ -141,7 +144,7 @@ def test_a_file_that_is_no_network_is_refused_by_name(runtime: str, tmp_path: Pa
     with pytest.raises(TargetError, match=r"no runtime 'tensorrt'.*onnxruntime, openvino"):
         target.open(broken, "tensorrt", 1)
     with pytest.raises(TargetError, match="no runtime 'tensorrt'"):
-        target.compile(broken, "tensorrt", tmp_path, "a")
+        target.compile(broken, Build(runtime="tensorrt"), tmp_path, "a")
 
 
 def test_a_missing_runtime_names_its_command(
@@ -176,7 +179,7 @@ class Fixed:
         self.input_name, self.output_names = "input", tuple(self.answers)
         self.closed = False
 
-    def open(self, artifact: Path, runtime: str, threads: int) -> Fixed:
+    def open_on_host(self, artifact: Path, runtime: str, threads: int) -> Fixed:
         return self
 
     def run(self, inputs: Any) -> dict[str, Any]:
@@ -218,13 +221,17 @@ def test_parity_refuses_and_says_by_how_much(answer: Any, message: str) -> None:
     assert target.closed
 
 
-def test_parity_refuses_a_missing_output_and_an_unknown_precision() -> None:
+def test_parity_refuses_a_missing_output() -> None:
     with pytest.raises(ExportError, match="expected the outputs logits, score, found logits"):
         check(Fixed(logits=LOGITS), logits=LOGITS, score=LOGITS[:, 0])
-    with pytest.raises(NotAvailableError, match="int8"):
-        verify_artifact(
-            Fixed(logits=LOGITS), Path("a"), "fake", INPUTS, {"logits": LOGITS}, precision="int8"
-        )
+
+
+def test_parity_of_narrower_precisions_is_wider_yet_finds_what_is_broken() -> None:
+    near = Fixed(logits=LOGITS + np.float32([[0.05, 0.0]]))
+    for runtime in ("fake-fp16", "fake-int8"):
+        verify_artifact(near, Path("a"), runtime, INPUTS, {"logits": LOGITS})
+        with pytest.raises(ExportError, match=f"on {runtime}: its answers"):
+            verify_artifact(Fixed(logits=-LOGITS), Path("a"), runtime, INPUTS, {"logits": LOGITS})
 
 
 def test_a_batch_that_changes_the_answers_is_refused() -> None:

@@ -50,9 +50,9 @@ def run(
         GreenpruneError: with what was expected, what came and what to do.
     """
     job = open_job(recipe, overrides=overrides, runs=runs, name=name)
-    from greenprune import deployment, stages, summary
+    from greenprune import compilation, stages, summary
 
-    deployment.runtimes(job)
+    compilation.runtimes(job)
     _use_threads(job.recipe.threads)
     execute(job, stages.of(job.recipe))
     if not processes.is_first():
@@ -71,9 +71,9 @@ def prune(
 ) -> dict[str, Any]:
     """The same way as :func:`run`, up to the fine-tuned networks, which are in the run's folder."""
     job = open_job(recipe, overrides=overrides, runs=runs, name=name)
-    from greenprune import deployment, stage_parts, stages
+    from greenprune import compilation, stage_parts, stages
 
-    deployment.runtimes(job)
+    compilation.runtimes(job)
     _use_threads(job.recipe.threads)
     execute(job, stages.host_stages())
     if not processes.is_first():
@@ -156,12 +156,12 @@ def export(
     """
     job = finished_job(run_folder, runs=runs)
     _needs_host()
-    from greenprune import deployment, stages
+    from greenprune import compilation, deployment, stages
 
     asked = {**schema.encode(job.recipe.compile), "target": target, "precision": precision}
     settings = schema.decode(asked, CompileSettings, "--precision", RecipeError)
     job = Job(replace(job.recipe, compile=settings), job.folder)
-    deployment.runtimes(job)
+    compilation.runtimes(job)
     destination = output or Path(f"{job.folder.name}-{target}.bundle")
     if destination.exists() and not (destination / "manifest.json").is_file():
         raise StorageError(

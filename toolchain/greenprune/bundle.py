@@ -16,10 +16,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from greenprune import schema, storage
+from greenprune import registry, schema, storage
 from greenprune.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 Provenance = Literal[
@@ -69,7 +69,8 @@ class Variant:
     graph: str
     """The ONNX graph's path in the bundle."""
     artifacts: dict[str, str]
-    """Runtime name to the compiled artifact's path (its main file)."""
+    """Runtime, as :func:`greenprune.registry.runtime_name` calls it with its precision
+    (``openvino``, ``openvino-int8``), to the compiled artifact's path (its main file)."""
     macs: int
     params: int
     accuracy: float
@@ -152,9 +153,8 @@ class Manifest:
     created: str
     """ISO 8601, UTC."""
     target: str
-    precision: str
     runtime: str
-    """The runtime that a session uses unless told otherwise."""
+    """The one that a session uses unless told otherwise: a key of the variants' artifacts."""
     input: TensorSpec
     outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing | None
@@ -174,13 +174,13 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
 
     def setting(self, runtime: str) -> str:
-        """Target, runtime and precision, as in ``x86, onnxruntime, fp32``."""
-        return setting(self.target, runtime, self.precision)
+        """What a certificate holds for: see :func:`setting`."""
+        return setting(self.target, runtime)
 
 
-def setting(target: str, runtime: str, precision: str) -> str:
-    """What a certificate holds for, as in ``x86, onnxruntime, fp32``."""
-    return f"{target}, {runtime}, {precision}"
+def setting(target: str, runtime: str) -> str:
+    """Target, runtime and precision, as in ``x86, onnxruntime, fp32``."""
+    return ", ".join((target, *registry.split_runtime(runtime)))
 
 
 VARIANTS = ("dense", "mild", "aggressive")

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from greenprune import bundle, certification, models, schema, storage, training
+from greenprune import bundle, certification, compilation, models, schema, storage, training
 from greenprune.bundle import VARIANTS
-from greenprune.data import Split, normalise
-from greenprune.errors import NotAvailableError, RecipeError, RunError, TargetError
+from greenprune.data import Split
+from greenprune.errors import RecipeError, RunError
 from greenprune.harness import Results, bench, read_results, write_results
 from greenprune.harness.environment import usable_cores, versions
 from greenprune.nncec import account as accounting
@@ -25,7 +25,6 @@ from greenprune.nncec.report import write_report
 from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work
 from greenprune.registry import Target, load_target
 from greenprune.runtime import decide
-from greenprune.runtime.runners import verify_artifact
 from greenprune_calibration.samples import draw_balanced
 
 BATCH = 100
@@ -35,17 +34,23 @@ REPLAY_BYTES = 64 << 20
 
 
 def stages(target: str) -> list[Stage]:
-    """calibrate, compile, certify, bundle, bench, account, report: one set of folders a target."""
+    """calibrate, compile, race, certify, bundle, bench, account, report: folders of one target."""
 
     def of(section: str) -> Any:
         return lambda job: schema.encode(getattr(job.recipe, section))
 
-    compiled, certified = f"compile-{target}", f"certify-{target}"
+    compiled, raced, certified = f"compile-{target}", f"race-{target}", f"certify-{target}"
     bundled, benched, accounted = f"bundle-{target}", f"bench-{target}", f"account-{target}"
     return [
         Stage("calibrate", calibrate, needs=("export",), depends=_calibrate_depends),
-        Stage(compiled, compile_artifacts, needs=("export",), depends=_compile_depends),
-        Stage(certified, certify, needs=(compiled, "selector"), depends=of("certify")),
+        Stage(
+            compiled,
+            compilation.compile_artifacts,
+            needs=("calibrate", "export"),
+            depends=_compile_depends,
+        ),
+        Stage(raced, compilation.choose_runtime, needs=(compiled,), depends=_threads),
+        Stage(certified, certify, needs=(raced, "selector"), depends=of("certify")),
         Stage(bundled, write_bundle, needs=("calibrate", compiled, certified)),
         Stage(benched, measure, needs=(bundled,), depends=_bench_depends),
         Stage(accounted, account, needs=(benched,), depends=of("account")),
@@ -53,8 +58,12 @@ def stages(target: str) -> list[Stage]:
     ]
 
 
+def _threads(job: Job) -> Any:
+    return job.recipe.threads or usable_cores()
+
+
 def _bench_depends(job: Job) -> Any:
-    return [schema.encode(job.recipe.bench), job.recipe.threads or usable_cores()]
+    return [schema.encode(job.recipe.bench), _threads(job)]
 
 
 def _calibrate_depends(job: Job) -> Any:
@@ -63,39 +72,11 @@ def _calibrate_depends(job: Job) -> Any:
 
 def _compile_depends(job: Job) -> Any:
     settings = job.recipe.compile
-    return [schema.encode(settings), runtimes(job), load_target(settings.target).probe()]
-
-
-def runtimes(job: Job) -> list[str]:
-    """The runtimes to build for.
-
-    Raises:
-        NotAvailableError: the target, or the precision on it, is not built yet.
-        TargetError: an unknown target or runtime, or none of its runtimes is installed.
-    """
-    settings = job.recipe.compile
-    target = load_target(settings.target)
-    status = target.capabilities.status
-    if status.startswith(NOT_YET):
-        raise NotAvailableError(f"target '{settings.target}': {status.removeprefix(NOT_YET)}")
-    if settings.precision not in target.capabilities.precisions:
-        raise NotAvailableError(
-            f"precision '{settings.precision}' for target '{settings.target}'; "
-            f"it offers {', '.join(target.capabilities.precisions)}"
-        )
-    wanted = list(settings.runtimes) or list(target.runtimes_here())
-    if not wanted:
-        raise TargetError(
-            f"target '{settings.target}': none of its runtimes is installed here; expected one of "
-            f"{', '.join(target.capabilities.runtimes)}: pip install 'greenprune[{target.name}]'"
-        )
-    for runtime in wanted:
-        if runtime not in target.capabilities.runtimes:
-            raise TargetError(
-                f"compile.runtimes: target '{settings.target}' has no runtime '{runtime}'; "
-                f"expected some of {', '.join(target.capabilities.runtimes)}"
-            )
-    return wanted
+    return [
+        schema.encode(settings),
+        compilation.runtimes(job),
+        load_target(settings.target).probe(),
+    ]
 
 
 def calibrate(work: Work) -> dict[str, Any]:
@@ -107,8 +88,8 @@ def calibrate(work: Work) -> dict[str, Any]:
     image_bytes = 4 * data.test.inputs[0].numel()
     replayed = slice(0, max(1, min(recipe.bench.replay_images, REPLAY_BYTES // image_bytes)))
     arrays: dict[str, NDArray[Any]] = {
-        "calibration_inputs": _prepared(job, data.train.inputs[torch.from_numpy(drawn)]),
-        "replay_inputs": _prepared(job, data.test.inputs[replayed]),
+        "calibration_inputs": compilation.prepared(job, data.train.inputs[torch.from_numpy(drawn)]),
+        "replay_inputs": compilation.prepared(job, data.test.inputs[replayed]),
         "replay_targets": data.test.targets[replayed].numpy(),
     }
     for name, array in arrays.items():
@@ -116,78 +97,25 @@ def calibrate(work: Work) -> dict[str, Any]:
     return {name: len(array) for name, array in arrays.items()}
 
 
-def _prepared(job: Job, inputs: torch.Tensor) -> NDArray[np.float32]:
-    return normalise(inputs, job.data.preprocessing).numpy()
-
-
-def compile_artifacts(work: Work) -> dict[str, Any]:
-    """Compile each graph for each runtime; every artifact must reproduce its network."""
-    job = work.job
-    settings = job.recipe.compile
-    target = load_target(settings.target)
-    exported = job.place("export")
-    reference_input = np.load(exported / "reference_input.npy", allow_pickle=False)
-    artifacts: dict[str, dict[str, str]] = {variant: {} for variant in VARIANTS}
-    differences: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS}
-    energies: dict[str, Any] = {}
-    for runtime in runtimes(job):
-        for variant in VARIANTS:
-            made = target.compile(
-                exported / f"{variant}.onnx", runtime, work.folder / runtime, variant
-            )
-            parity = verify_artifact(
-                target,
-                made,
-                runtime,
-                reference_input,
-                _reference_outputs(exported, variant),
-                threads=job.recipe.threads,
-            )
-            artifacts[variant][runtime] = f"{runtime}/{made.name}"
-            differences[variant][runtime] = parity.largest_difference
-            simulated = target.simulated_energy(made)
-            if simulated is not None:
-                energies[variant] = simulated
-    return {
-        "artifacts": artifacts,
-        "largest_difference": differences,
-        "simulated_energy": energies,
-        "machine": target.probe(),
-    }
-
-
-def _reference_outputs(folder: Path, variant: str) -> dict[str, NDArray[np.float32]]:
-    return {
-        path.stem.removeprefix(f"{variant}_"): np.load(path, allow_pickle=False)
-        for path in sorted(folder.glob(f"{variant}_*.npy"))
-    }
-
-
 def default_runtime(job: Job) -> str:
     """The runtime that the bundle's sessions use, and that is certified."""
-    built = list(job.results(f"compile-{job.recipe.compile.target}")["artifacts"]["dense"])
-    return str(built[0])
+    return str(job.results(f"race-{job.recipe.compile.target}")["runtime"])
+
+
+def built_artifacts(job: Job, variant: str) -> dict[str, str]:
+    """Runtime to path, without what the race left out."""
+    target = job.recipe.compile.target
+    left_out = job.results(f"race-{target}")["left_out"]
+    built = job.results(f"compile-{target}")["artifacts"][variant]
+    return {name: path for name, path in built.items() if name not in left_out}
 
 
 def answers(job: Job, split: Split) -> dict[str, dict[str, NDArray[np.float32]]]:
     """What each deployed artifact answers to a split: variant -> output name -> array."""
-    target = load_target(job.recipe.compile.target)
+    target, runtime = load_target(job.recipe.compile.target), default_runtime(job)
     place = job.place(f"compile-{target.name}")
-    runtime = default_runtime(job)
-    built = job.results(f"compile-{target.name}")["artifacts"]
-    return certification.answers(
-        target,
-        {variant: place / built[variant][runtime] for variant in VARIANTS},
-        runtime,
-        (_prepared(job, part) for part in split.inputs.split(BATCH)),
-        job.recipe.threads,
-    )
-
-
-def _right(job: Job, logits: NDArray[np.float32], split: Split) -> NDArray[np.float64]:
-    metric = models.resolve(job.recipe.task.metric, RecipeError)[0]
-    scores = training.evaluate(torch.from_numpy(logits), split.targets, metric)
-    return scores.double().numpy()
+    deployed = {variant: place / built_artifacts(job, variant)[runtime] for variant in VARIANTS}
+    return compilation.answers(job, target, deployed, runtime, split)
 
 
 def certify(work: Work) -> dict[str, Any]:
@@ -196,7 +124,7 @@ def certify(work: Work) -> dict[str, Any]:
     plan = certification_plan(job)
     deployed = answers(job, job.data.certification)
     right = {
-        variant: _right(job, found["logits"], job.data.certification)
+        variant: compilation.right(job, found["logits"], job.data.certification)
         for variant, found in deployed.items()
     }
     logits = {variant: found["logits"] for variant, found in deployed.items()}
@@ -211,7 +139,7 @@ def certify(work: Work) -> dict[str, Any]:
     operating = certification.operating_row(table, plan)
     threshold = operating.threshold if operating.certified else None
     tested = _test_pair(job, threshold)
-    setting = bundle.setting(target.name, default_runtime(job), job.recipe.compile.precision)
+    setting = bundle.setting(target.name, default_runtime(job))
     return {
         "table": schema.encode(table),
         "threshold": threshold,
@@ -268,7 +196,9 @@ def thresholds(job: Job) -> list[float]:
 def _test_pair(job: Job, threshold: float | None) -> dict[str, Any]:
     split = job.data.test
     deployed = answers(job, split)
-    right = {name: _right(job, found["logits"], split) for name, found in deployed.items()}
+    right = {
+        name: compilation.right(job, found["logits"], split) for name, found in deployed.items()
+    }
     accepted = decide(deployed["aggressive"]["score"], threshold)
     pair = np.where(accepted, right["aggressive"], right["mild"])
     return {
@@ -298,8 +228,8 @@ def write_bundle(work: Work) -> dict[str, Any]:
     files |= {f"graphs/{name}.onnx": exported / f"{name}.onnx" for name in VARIANTS}
     files |= {
         f"artifacts/{path.relative_to(compiled)}": path
-        for path in sorted(compiled.rglob("*"))
-        if path.is_file() and path.parent != compiled
+        for runtime in built_artifacts(job, "dense")
+        for path in sorted((compiled / runtime).iterdir())
     }
     manifest = bundle.write(work.folder / "bundle", _manifest(job), files)
     return {"bytes": sum(entry.bytes for entry in manifest.files.values())}
@@ -322,7 +252,6 @@ def _manifest(job: Job) -> bundle.Manifest:
         name=recipe.name,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         target=recipe.compile.target,
-        precision=recipe.compile.precision,
         runtime=default_runtime(job),
         input=bundle.TensorSpec(name="input", shape=(None, *shape), dtype="float32"),
         outputs=(
@@ -386,10 +315,11 @@ def network_results(job: Job, variant: str) -> dict[str, Any]:
 
 def _variant(job: Job, variant: str) -> bundle.Variant:
     described = network_results(job, variant)
-    artifacts = job.results(f"compile-{job.recipe.compile.target}")["artifacts"][variant]
     return bundle.Variant(
         graph=f"graphs/{variant}.onnx",
-        artifacts={runtime: f"artifacts/{path}" for runtime, path in artifacts.items()},
+        artifacts={
+            runtime: f"artifacts/{path}" for runtime, path in built_artifacts(job, variant).items()
+        },
         macs=described["macs"],
         params=described["params"],
         accuracy=described["accuracy"],

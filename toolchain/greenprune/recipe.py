@@ -190,9 +190,14 @@ class CompileSettings:
 
     target: str = "x86"
     runtimes: tuple[str, ...] = ()
-    """Runtimes to build for; empty means all that the target offers and this machine has."""
+    """Runtimes to build for, among which a race decides; empty means all that the target offers
+    and this machine has."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """The narrowest to build; wider ones that the target offers are built too."""
     calibration_images: AtLeastOne = 100
+    int8_max_loss: Probability = 0.005
+    """Accuracy, as a fraction, that int8 may cost a network on the development images; above it,
+    layers go back to floating point."""
 
 
 @dataclass(frozen=True, kw_only=True)

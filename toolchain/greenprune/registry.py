@@ -21,6 +21,21 @@ TARGETS = {
     "eyeriss": "greenprune_targets.eyeriss:Eyeriss",
 }
 ENTRY_POINTS = "greenprune.targets"
+PRECISIONS = ("fp32", "fp16", "int8")
+"""From the widest to the narrowest."""
+
+
+def runtime_name(runtime: str, precision: str) -> str:
+    """How artifacts of a runtime and precision are called: ``openvino``, ``openvino-int8``."""
+    return runtime if precision == PRECISIONS[0] else f"{runtime}-{precision}"
+
+
+def split_runtime(name: str) -> tuple[str, str]:
+    """Runtime and precision of a name that :func:`runtime_name` made."""
+    for precision in PRECISIONS[1:]:
+        if name.endswith(f"-{precision}"):
+            return name.removesuffix(f"-{precision}"), precision
+    return name, PRECISIONS[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +55,19 @@ class Capabilities:
     """``platform.machine()`` of the machines that it runs on."""
     status: str = "ready"
     """``ready``, or what is missing: ``not available yet: ...``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What a graph is to become."""
+
+    runtime: str
+    """One of the target's, without precision."""
+    precision: str = "fp32"
+    calibration: NDArray[np.float32] | None = None
+    """Prepared inputs [N, C, H, W]; int8 needs them."""
+    keep_float: tuple[str, ...] = ()
+    """Names of the graph's nodes that int8 leaves in floating point."""
 
 
 class Runner(Protocol):
@@ -69,12 +97,23 @@ class Target(Protocol):
         """Those of the target's runtimes that are installed on this machine."""
         ...
 
-    def compile(self, graph: Path, runtime: str, folder: Path, name: str) -> Path:
+    def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """Compile an ONNX graph into ``folder``; the artifact's main file, ``<name>.<suffix>``."""
         ...
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
-        """Open an artifact; 0 threads means one for each core."""
+        """Open an artifact; ``runtime`` is its :func:`runtime_name`, 0 threads means one for each
+        core."""
+        ...
+
+    def open_on_host(self, artifact: Path, runtime: str, threads: int) -> Runner:
+        """Open it where it was compiled, to check its answers: by a runtime that stands in for the
+        device's where that is not here."""
+        ...
+
+    def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
+        """What each convolution and matrix product of an opened int8 artifact really computes in,
+        by the runtime's own graph: layer to ``int8``, ``fp32`` ..."""
         ...
 
     def simulated_energy(self, artifact: Path) -> dict[str, Any] | None:

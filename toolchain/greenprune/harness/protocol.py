@@ -85,15 +85,15 @@ def bench(
         )
     threads = threads or usable_cores()
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with _one_at_a_time(), ExitStack() as stack:
+    with one_at_a_time(), ExitStack() as stack:
         start, before = time.monotonic(), describe_environment()
-        clients = _start(stack, keys)
+        clients = start_workers(stack, keys)
         total = 2 * len(keys) * (1 + chosen.windows) // 2 + 2
         with progress(f"bench ({preset})", total) as advance:
             request = {"bundle": str(opened.path), "threads": threads, "meter": meter}
             loaded = _load(clients, request, chosen, advance)
             idle_before = _idle(clients, chosen, advance)
-            windows = _measure(clients, chosen, seed, advance)
+            windows = measure(clients, chosen, seed, advance)
             idle_after = _idle(clients, chosen, advance)
         after, seconds = describe_environment(), time.monotonic() - start
     candidates = _summarise(keys, loaded, idle_before, idle_after, windows, seed)
@@ -101,7 +101,6 @@ def bench(
         schema=SCHEMA_VERSION,
         bundle=opened.manifest.name,
         target=opened.manifest.target,
-        precision=opened.manifest.precision,
         created=created,
         preset=preset,
         seed=seed,
@@ -116,13 +115,13 @@ def bench(
 
 
 def _choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) -> list[str]:
-    from greenprune.registry import load_target
+    from greenprune.registry import load_target, split_runtime
 
     built = list(manifest.variants["dense"].artifacts)
     here = load_target(manifest.target).runtimes_here()
     wanted = built if asked is None else list(asked)
-    chosen = [runtime for runtime in wanted if runtime in built and runtime in here]
-    missing = [runtime for runtime in wanted if runtime not in chosen]
+    chosen = [name for name in wanted if name in built and split_runtime(name)[0] in here]
+    missing = [name for name in wanted if name not in chosen]
     if not chosen or (asked is not None and missing):
         raise TargetError(
             f"cannot measure on {', '.join(missing) or 'any runtime'}: the bundle "
@@ -133,7 +132,7 @@ def _choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) ->
 
 
 @contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> Iterator[None]:
     """Hold the machine-wide lock, so that two measurements never overlap."""
     path = Path(tempfile.gettempdir()) / "greenprune-bench.lock"
     lock = filelock.FileLock(path, mode=0o666)
@@ -153,7 +152,8 @@ def _one_at_a_time() -> Iterator[None]:
         lock.release()
 
 
-def _start(stack: ExitStack, keys: Sequence[Key]) -> dict[Key, Client]:
+def start_workers(stack: ExitStack, keys: Sequence[Key]) -> dict[Key, Client]:
+    """A worker process for each candidate, ended with ``stack``."""
     clients = {}
     for variant, runtime in keys:
         client = Client(f"{variant} on {runtime}")
@@ -196,9 +196,10 @@ def _idle(
     return watts
 
 
-def _measure(
+def measure(
     clients: Mapping[Key, Client], preset: Preset, seed: int, advance: Advance
 ) -> dict[Key, list[MeasuredWindow]]:
+    """Windows of each candidate, a block after the other, in an order drawn anew for each."""
     draw, started_c = random.Random(seed), hottest_c()
     windows: dict[Key, list[MeasuredWindow]] = {key: [] for key in clients}
     for block in range(preset.windows):

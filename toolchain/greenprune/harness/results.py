@@ -16,7 +16,7 @@ from greenprune.meters.energy import Energy
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,6 @@ class Results:
     schema: int
     bundle: str
     target: str
-    precision: str
     created: str
     """ISO 8601, UTC."""
     preset: str

@@ -38,27 +38,30 @@ class Worker:
     def __init__(self, request: dict[str, Any]) -> None:
         self.preset = schema.decode(request["preset"], Preset, "preset", MeasurementError)
         self.meter: Meter = open_meter(request["meter"])
-        opened = bundles.open_bundle(Path(request["bundle"]))
-        self.inputs, self.targets = _replay(opened)
         self.position = 0
         self.infer: Callable[[Array], Any]
         self.answer: Callable[[Array], Array]
         self.routes: Callable[[Array], tuple[Array, str]] | None = None
+        runtime, threads = request["runtime"], request["threads"]
+        if "artifact" in request:  # of a race, before there is a bundle
+            self.inputs = _one_by_one(np.load(request["inputs"], allow_pickle=False))
+            self.targets = None
+            self._open_single(request["target"], Path(request["artifact"]), runtime, threads)
+            return
+        opened = bundles.open_bundle(Path(request["bundle"]))
+        self.inputs, self.targets = _replay(opened)
         if request["variant"] == "pair":
-            self._open_pair(opened, request["runtime"], request["threads"])
+            self._open_pair(opened, runtime, threads)
         else:
-            self._open_single(opened, request["variant"], request["runtime"], request["threads"])
+            artifact = opened.artifact(request["variant"], runtime)
+            self._open_single(opened.manifest.target, artifact, runtime, threads)
 
-    def _open_single(
-        self, opened: bundles.Bundle, variant: str, runtime: str, threads: int
-    ) -> None:
+    def _open_single(self, target: str, artifact: Path, runtime: str, threads: int) -> None:
         from greenprune.registry import load_target
 
-        target = load_target(opened.manifest.target)
-        runner = target.open(opened.artifact(variant, runtime), runtime, threads)
-        logits = opened.manifest.outputs[0].name
+        runner = load_target(target).open(artifact, runtime, threads)
         self.infer = runner.run
-        self.answer = lambda image: runner.run(image)[logits]
+        self.answer = lambda image: runner.run(image)["logits"]
 
     def _open_pair(self, opened: bundles.Bundle, runtime: str, threads: int) -> None:
         from greenprune.runtime import AdaptiveSession
@@ -170,7 +173,12 @@ def _replay(opened: bundles.Bundle) -> tuple[list[Array], NDArray[np.int64] | No
         targets = opened.read_array(samples.replay_targets)
         if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
             targets = None  # not classes: there is no top-1 accuracy
-    return [np.ascontiguousarray(image[None], dtype=np.float32) for image in images], targets
+    return _one_by_one(images), targets
+
+
+def _one_by_one(images: NDArray[Any]) -> list[Array]:
+    """Batches of one."""
+    return [np.ascontiguousarray(image[None], dtype=np.float32) for image in images]
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:

@@ -1,0 +1,118 @@
+"""Which artifacts are fastest here: each network in a process of its own, in alternating blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from greenprune import schema
+from greenprune.errors import MeasurementError
+from greenprune.harness import protocol
+from greenprune.harness.environment import usable_cores
+from greenprune.harness.presets import Preset
+from greenprune.harness.statistics import Interval, order_interval, paired_ratio
+from greenprune.progress import progress
+
+PRESET = Preset(
+    name="race",
+    windows=7,
+    window_seconds=0.3,
+    warmup_seconds=0.3,
+    warmup_slice_seconds=0.1,
+    warmup_cap_seconds=2.0,
+    idle_seconds=0.0,
+    rest_seconds=0.0,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Racer:
+    """One runtime: mean latencies of its networks at batch 1, medians over blocks."""
+
+    runtime: str
+    latency_ms: dict[str, Interval]
+    """By variant."""
+    together_ms: Interval
+    """One call of each."""
+    over_fastest: Interval
+    """``together_ms`` over the fastest runtime's, paired by block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """The runtimes, fastest first."""
+
+    threads: int
+    racers: tuple[Racer, ...]
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names, fastest first."""
+        return tuple(racer.runtime for racer in self.racers)
+
+    def ratio(self, over: str, under: str) -> float:
+        """Latency of one runtime over another's."""
+        found = {racer.runtime: racer.over_fastest.value for racer in self.racers}
+        return found[over] / found[under]
+
+
+def race(
+    target: str,
+    artifacts: Mapping[str, Mapping[str, Path]],
+    inputs: Path,
+    *,
+    threads: int = 0,
+    seed: int = 0,
+) -> Race:
+    """Race runtimes over the same networks and inputs, batch 1.
+
+    Args:
+        target: whose artifacts they are.
+        artifacts: runtime to variant to its artifact's main file; the same variants for all.
+        inputs: an .npy file, float32 [N, C, H, W].
+        threads: of each candidate; 0 means one for each core.
+        seed: of the order within blocks and of the intervals.
+
+    Raises:
+        MeasurementError: a candidate failed.
+    """
+    keys = [(variant, name) for name, networks in artifacts.items() for variant in networks]
+    threads = threads or usable_cores()
+    request = {"target": target, "inputs": str(inputs.resolve()), "threads": threads}
+    with protocol.one_at_a_time(), ExitStack() as stack:
+        clients = protocol.start_workers(stack, keys)
+        with progress("race", len(keys) * (1 + PRESET.windows)) as advance:
+            for variant, name in keys:
+                clients[variant, name].ask(
+                    "load",
+                    protocol.LOAD_LIMIT_SECONDS,
+                    artifact=str(artifacts[name][variant].resolve()),
+                    runtime=name,
+                    meter="none",
+                    preset=schema.encode(PRESET),
+                    **request,
+                )
+                advance()
+            windows = protocol.measure(clients, PRESET, seed, advance)
+    means = {key: [w.latency.mean_ns / 1e6 for w in found] for key, found in windows.items()}
+    together = {
+        name: [sum(block) for block in zip(*(means[v, name] for v in networks), strict=True)]
+        for name, networks in artifacts.items()
+    }
+    order = sorted(together, key=lambda name: order_interval(together[name]).value)
+    if not order:
+        raise MeasurementError("a race needs a runtime to measure; got none: name one")
+    return Race(
+        threads=threads,
+        racers=tuple(
+            Racer(
+                runtime=name,
+                latency_ms={v: order_interval(means[v, name]) for v in artifacts[name]},
+                together_ms=order_interval(together[name]),
+                over_fastest=paired_ratio(together[name], together[order[0]], seed),
+            )
+            for name in order
+        ),
+    )
