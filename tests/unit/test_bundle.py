@@ -162,8 +162,8 @@ def test_what_is_no_array_is_refused(tiny_bundle: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=2), "expected schema version 1, found 2"),
-        (lambda m: m.pop("schema"), "expected schema version 1, found None"),
+        (lambda m: m.update(schema=1), "expected schema version 2, found 1"),
+        (lambda m: m.pop("schema"), "expected schema version 2, found None"),
         (lambda m: m.update(surprise=1), "unknown key 'surprise'"),
         (lambda m: m.pop("selector"), "selector"),
         (lambda m: m.update(name=3), "key 'name'"),

@@ -88,7 +88,7 @@ def results(preset: str = "standard", factor: float = 0.5) -> Results:
         for name, windows in (("dense", dense), ("mild", mild))
     )
     return Results(
-        schema=1,
+        schema=2,
         bundle="tiny",
         target="x86",
         created="2026-01-01T00:00:00+00:00",

@@ -170,7 +170,8 @@ class Manifest:
     """Variant to ``{energy_mac_units, provenance}`` for each inference on a simulated target:
     relative, not joules."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Versions, seed, recipe, hashes of the networks."""
+    """Versions, seed, recipe, hashes of the networks; what int8 cost and which layers it left in
+    floating point; the race of the runtimes."""
     files: dict[str, FileEntry] = field(default_factory=dict)
 
     def setting(self, runtime: str) -> str:

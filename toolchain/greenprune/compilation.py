@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from greenprune import certification, models, schema, training
 from greenprune.bundle import VARIANTS
 from greenprune.data import Split, normalise
-from greenprune.errors import NotAvailableError, RecipeError, TargetError
+from greenprune.errors import ExportError, NotAvailableError, RecipeError, TargetError
 from greenprune.harness.race import race
 from greenprune.pipeline import Job, Work
 from greenprune.registry import PRECISIONS, Build, Target, load_target, runtime_name, split_runtime
@@ -135,7 +137,8 @@ def _compile_int8(
     layers that it damages most in floating point. The selector's score always stays there."""
     settings = job.recipe.compile
     images = np.load(job.place("calibrate") / "calibration_inputs.npy", allow_pickle=False)
-    always = graphs.feeding_only(graph, SCORE) if graph.stem == SCORED else []
+    with _readable_graph():
+        always = graphs.feeding_only(graph, SCORE) if graph.stem == SCORED else []
     float_accuracy = _development_accuracy(job, target, plain, runtime)
     damaged: list[str] | None = None
     kept = 0
@@ -153,7 +156,8 @@ def _compile_int8(
         if float_accuracy - accuracy <= settings.int8_max_loss:
             break
         if damaged is None:
-            damaged = [layer for layer, _ in inspection.sensitivity(graph, images)]
+            with _readable_graph():
+                damaged = [layer for layer, _ in inspection.sensitivity(graph, images)]
         if kept >= len(damaged):
             raise TargetError(
                 f"{graph.stem} on {name}: {accuracy:.2%} on the development images with every "
@@ -168,6 +172,14 @@ def _compile_int8(
         kept_float=worst,
         layers=target.layer_precisions(made, name),
     )
+
+
+@contextmanager
+def _readable_graph() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def _development_accuracy(job: Job, target: Target, artifact: Path, runtime: str) -> float:

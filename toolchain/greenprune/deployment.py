@@ -280,6 +280,8 @@ def _manifest(job: Job) -> bundle.Manifest:
             "recipe": _without_places(schema.encode(recipe)),
             "seed": recipe.seed,
             "versions": versions(),
+            "int8": job.results(f"compile-{recipe.compile.target}")["int8"],
+            "race": job.results(f"race-{recipe.compile.target}"),
             "networks": {
                 variant: storage.sha256(_network_folder(job, variant) / "weights.safetensors")
                 for variant in VARIANTS

@@ -1,0 +1,41 @@
+"""A race of real artifacts, each in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from greenprune.bundle import open_bundle
+from greenprune.errors import MeasurementError
+from greenprune.harness.race import race
+
+
+def test_every_runtime_is_measured_and_ranked(tiny_bundle: Path) -> None:
+    opened = open_bundle(tiny_bundle)
+    runtimes = list(opened.manifest.variants["mild"].artifacts)
+    artifacts = {
+        name: {v: opened.artifact(v, name) for v in ("mild", "aggressive")} for name in runtimes
+    }
+    found = race("x86", artifacts, tiny_bundle / "samples/replay_inputs.npy", threads=1)
+    assert set(found.order) == set(runtimes)
+    assert found.racers[0].over_fastest.value == 1.0
+    for racer in found.racers:
+        assert set(racer.latency_ms) == {"mild", "aggressive"}
+        together = sum(each.value for each in racer.latency_ms.values())
+        assert racer.together_ms.value == pytest.approx(together, rel=0.5)
+        assert racer.together_ms.low <= racer.together_ms.value <= racer.together_ms.high
+        assert found.ratio(racer.runtime, found.order[0]) >= 1.0
+        assert found.ratio(racer.runtime, racer.runtime) == 1.0
+
+
+def test_an_artifact_that_does_not_open_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"this is not a network")
+    with pytest.raises(MeasurementError, match=r"mild on onnxruntime.*broken\.onnx"):
+        race(
+            "x86",
+            {"onnxruntime": {"mild": broken}},
+            tiny_bundle / "samples/replay_inputs.npy",
+            threads=1,
+        )

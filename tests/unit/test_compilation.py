@@ -1,0 +1,176 @@
+"""Which artifacts are built, which layers int8 keeps in float, which runtime wins the race."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="compiling is the host's")
+
+from greenprune import compilation
+from greenprune.errors import NotAvailableError, TargetError
+from greenprune.harness.race import Race, Racer
+from greenprune.harness.statistics import Interval
+from greenprune.recipe import CompileSettings, Recipe
+
+
+def job_for(tmp_path: Path, **settings: Any) -> Any:
+    recipe = Recipe(compile=CompileSettings(**settings))
+    np.save(tmp_path / "calibration_inputs.npy", np.zeros((4, 1, 2, 2), np.float32))
+    return SimpleNamespace(recipe=recipe, place=lambda stage: tmp_path, results=lambda stage: {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"runtimes": ("onnxruntime",)}, ["onnxruntime"]),
+        (
+            {"runtimes": ("openvino", "onnxruntime"), "precision": "int8"},
+            ["openvino", "onnxruntime", "openvino-int8", "onnxruntime-int8"],
+        ),
+    ],
+)
+def test_every_precision_up_to_the_one_asked_for(
+    tmp_path: Path, settings: Any, names: list[str]
+) -> None:
+    assert compilation.runtimes(job_for(tmp_path, **settings)) == names
+
+
+def test_what_a_target_does_not_offer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotAvailableError, match=r"'fp16' for target 'x86'.*fp32, int8"):
+        compilation.runtimes(job_for(tmp_path, precision="fp16"))
+    with pytest.raises(TargetError, match="no runtime 'tvm'; expected some of onnxruntime"):
+        compilation.runtimes(job_for(tmp_path, runtimes=("tvm",)))
+
+
+class Quantiser:
+    """A target whose int8 loses 3 points, one less with each of the layers kept in float."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, ...]] = []
+
+    def compile(self, graph: Path, build: Any, folder: Path, name: str) -> Path:
+        assert build.calibration.shape == (4, 1, 2, 2)
+        self.kept.append(build.keep_float)
+        return folder / name
+
+    def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
+        return {"c": "int8"}
+
+    def accuracy(self, runtime: str) -> float:
+        if runtime == "onnxruntime":
+            return 0.9
+        bad = {"a", "b", "c"} - set(self.kept[-1])
+        return 0.9 - 0.01 * len(bad)
+
+
+def quantise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, limit: float
+) -> tuple[Quantiser, Any]:
+    target = Quantiser()
+    monkeypatch.setattr(
+        compilation,
+        "_development_accuracy",
+        lambda job, target, artifact, runtime: target.accuracy(runtime),
+    )
+    monkeypatch.setattr(compilation.graphs, "feeding_only", lambda graph, output: ["head"])
+    monkeypatch.setattr(
+        compilation.inspection, "sensitivity", lambda graph, images: [("a", 1.0), ("b", 2.0)]
+    )
+    _, report = compilation._compile_int8(
+        job_for(tmp_path, int8_max_loss=limit),
+        target,
+        tmp_path / f"{name}.onnx",
+        "onnxruntime",
+        tmp_path / "out",
+        tmp_path / "plain.onnx",
+    )
+    return target, report
+
+
+def test_the_layers_that_int8_damages_go_back_to_float(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target, report = quantise(monkeypatch, tmp_path, "mild", 0.015)
+    assert target.kept == [(), ("a",), ("a", "b")]
+    assert report.kept_float == ("a", "b")
+    assert report.accuracy == pytest.approx(0.89)
+    assert report.layers == {"c": "int8"}
+    target, report = quantise(monkeypatch, tmp_path, "aggressive", 0.05)
+    assert target.kept == [("head",)], "the score is kept in float, and no layer needs to be"
+    assert report.kept_float == ()
+
+
+def test_int8_that_costs_too_much_whatever_stays_in_float_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match=r"89\.00% .*int8_max_loss = 0\.005"):
+        quantise(monkeypatch, tmp_path, "mild", 0.005)
+
+
+def run_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **together_ms: float) -> Any:
+    fastest = min(together_ms.values())
+
+    def at(value: float) -> Interval:
+        return Interval(value=value, low=value, high=value, confidence=0.95)
+
+    def race(target: str, artifacts: Any, inputs: Path, **more: Any) -> Race:
+        named = {name.replace("_", "-"): value for name, value in together_ms.items()}
+        assert set(artifacts) == set(named)
+        assert {variant for networks in artifacts.values() for variant in networks} == {
+            "mild",
+            "aggressive",
+        }
+        return Race(
+            threads=1,
+            racers=tuple(
+                Racer(
+                    runtime=name,
+                    latency_ms={},
+                    together_ms=at(value),
+                    over_fastest=at(value / fastest),
+                )
+                for name, value in sorted(named.items(), key=lambda each: each[1])
+            ),
+        )
+
+    monkeypatch.setattr(compilation, "race", race)
+    runtimes = tuple(dict.fromkeys(name.split("_")[0] for name in together_ms))
+    precision = "int8" if any("int8" in name for name in together_ms) else "fp32"
+    job = job_for(tmp_path, runtimes=runtimes, precision=precision)
+    built = {name.replace("_", "-"): "file" for name in together_ms}
+    job.results = lambda stage: {"artifacts": dict.fromkeys(("mild", "aggressive"), built)}
+    return compilation.choose_runtime(SimpleNamespace(job=job))
+
+
+def test_the_fastest_wins_and_int8_that_is_slower_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = run_race(
+        monkeypatch, tmp_path, onnxruntime=2.0, openvino=3.0, onnxruntime_int8=2.4, openvino_int8=1
+    )
+    assert found["runtime"] == "openvino-int8"
+    assert list(found["left_out"]) == ["onnxruntime-int8"]
+    assert "1.20 times as long as fp32 on onnxruntime" in found["left_out"]["onnxruntime-int8"]
+    assert found["race"]["racers"][0]["runtime"] == "openvino-int8"
+    found = run_race(monkeypatch, tmp_path, onnxruntime=2.0, onnxruntime_int8=2.0)
+    assert found["runtime"] == "onnxruntime", "no faster is not faster"
+
+
+def test_one_runtime_is_not_raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compilation, "race", None)
+    job = job_for(tmp_path, runtimes=("openvino",))
+    found = compilation.choose_runtime(SimpleNamespace(job=job))
+    assert (found["runtime"], found["race"]) == ("openvino", None)
+
+
+def test_a_device_that_is_elsewhere_is_not_raced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compilation.certification, "is_here", lambda machines: False)
+    job = job_for(tmp_path, runtimes=("openvino", "onnxruntime"), precision="int8")
+    assert compilation.choose_runtime(SimpleNamespace(job=job))["runtime"] == "openvino-int8"
