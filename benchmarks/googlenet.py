@@ -93,7 +93,6 @@ def write_bundle(scratch: Path, networks: dict[str, nn.Module], images: Tensor) 
         name="googlenet",
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         target="x86",
-        precision="fp32",
         runtime=RUNTIME,
         input=bundle.TensorSpec(name="input", shape=(None, 3, 32, 32), dtype="float32"),
         outputs=(bundle.TensorSpec(name="logits", shape=(None, 10), dtype="float32"),),

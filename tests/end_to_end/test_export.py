@@ -8,9 +8,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from greenprune import bundle, certification
+from greenprune.runtime import AdaptiveSession
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_named_run_and_output(runs: Path, command: Any, tmp_path: Path) -> None:
         (["unfinished"], ["unfinished", "goes on where it stopped"]),
         (["--target", "x68"], ["'x68'", "did you mean 'x86'", "jetson"]),
         (["--target", "jetson"], ["not available yet", "jetson"]),
-        (["--target", "x86", "--precision", "int8"], ["not available yet", "int8"]),
+        (["--target", "x86", "--precision", "fp16"], ["not available yet", "fp16", "int8"]),
         (["--runs", "elsewhere"], ["elsewhere", "no finished run"]),
         (["-o", "taken"], ["taken", "is not a bundle"]),
     ],
@@ -91,6 +93,35 @@ def test_refusal_is_one_message_and_changes_nothing(
         assert word in message
     assert snapshot(tmp_path) == before
     assert not list(tmp_path.glob("*.bundle"))
+
+
+def test_int8_is_judged_raced_and_told(runs: Path, command: Any, tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="pip install 'greenprune[x86]'")
+    done = command("greenprune-export", "--precision", "int8", "-o", "int8.bundle")
+    assert done.returncode == 0, done.stderr
+
+    opened = bundle.open_bundle(tmp_path / "int8.bundle")
+    opened.verify()
+    told = opened.manifest.provenance
+    assert set(told["int8"]) == {"onnxruntime-int8", "openvino-int8"}
+    for name, networks in told["int8"].items():
+        for found in networks.values():
+            assert found["float_accuracy"] - found["accuracy"] <= 0.005
+            assert "int8" in found["layers"].values(), f"{name} runs no layer in int8"
+    raced = {racer["runtime"] for racer in told["race"]["race"]["racers"]}
+    assert raced == {"onnxruntime", "openvino", "onnxruntime-int8", "openvino-int8"}
+    left_out = set(told["race"]["left_out"])
+    assert left_out <= set(told["int8"])
+    for reason in told["race"]["left_out"].values():
+        assert reason in done.stderr
+    for variant in opened.manifest.variants.values():
+        assert set(variant.artifacts) == raced - left_out
+    assert opened.manifest.runtime == told["race"]["runtime"]
+    for row in opened.manifest.selector.table:
+        assert row.n > 0
+    with AdaptiveSession(tmp_path / "int8.bundle", threads=1) as session:
+        (logits,) = session.run(None, {"input": opened.read_array("samples/replay_inputs.npy")})
+    assert np.isfinite(logits).all()
 
 
 def test_the_dial_on_a_simulated_target_has_energies(

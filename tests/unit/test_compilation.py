@@ -130,6 +130,7 @@ def run_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **together_ms: flo
             racers=tuple(
                 Racer(
                     runtime=name,
+                    blocks_ms={},
                     latency_ms={},
                     together_ms=at(value),
                     over_fastest=at(value / fastest),

@@ -29,11 +29,13 @@ PRESET = Preset(
 
 @dataclass(frozen=True, kw_only=True)
 class Racer:
-    """One runtime: mean latencies of its networks at batch 1, medians over blocks."""
+    """One runtime: mean latencies of its networks at batch 1."""
 
     runtime: str
+    blocks_ms: dict[str, tuple[float, ...]]
+    """By variant; the same block of another variant or runtime was measured beside it."""
     latency_ms: dict[str, Interval]
-    """By variant."""
+    """By variant: the median over blocks."""
     together_ms: Interval
     """One call of each."""
     over_fastest: Interval
@@ -65,6 +67,7 @@ def race(
     *,
     threads: int = 0,
     seed: int = 0,
+    preset: Preset = PRESET,
 ) -> Race:
     """Race runtimes over the same networks and inputs, batch 1.
 
@@ -74,16 +77,19 @@ def race(
         inputs: an .npy file, float32 [N, C, H, W].
         threads: of each candidate; 0 means one for each core.
         seed: of the order within blocks and of the intervals.
+        preset: how long and how often.
 
     Raises:
         MeasurementError: a candidate failed.
     """
+    if not artifacts:
+        raise MeasurementError("a race needs a runtime to measure; got none: name one")
     keys = [(variant, name) for name, networks in artifacts.items() for variant in networks]
     threads = threads or usable_cores()
     request = {"target": target, "inputs": str(inputs.resolve()), "threads": threads}
     with protocol.one_at_a_time(), ExitStack() as stack:
         clients = protocol.start_workers(stack, keys)
-        with progress("race", len(keys) * (1 + PRESET.windows)) as advance:
+        with progress("race", len(keys) * (1 + preset.windows)) as advance:
             for variant, name in keys:
                 clients[variant, name].ask(
                     "load",
@@ -91,24 +97,23 @@ def race(
                     artifact=str(artifacts[name][variant].resolve()),
                     runtime=name,
                     meter="none",
-                    preset=schema.encode(PRESET),
+                    preset=schema.encode(preset),
                     **request,
                 )
                 advance()
-            windows = protocol.measure(clients, PRESET, seed, advance)
+            windows = protocol.measure(clients, preset, seed, advance)
     means = {key: [w.latency.mean_ns / 1e6 for w in found] for key, found in windows.items()}
     together = {
         name: [sum(block) for block in zip(*(means[v, name] for v in networks), strict=True)]
         for name, networks in artifacts.items()
     }
     order = sorted(together, key=lambda name: order_interval(together[name]).value)
-    if not order:
-        raise MeasurementError("a race needs a runtime to measure; got none: name one")
     return Race(
         threads=threads,
         racers=tuple(
             Racer(
                 runtime=name,
+                blocks_ms={v: tuple(means[v, name]) for v in artifacts[name]},
                 latency_ms={v: order_interval(means[v, name]) for v in artifacts[name]},
                 together_ms=order_interval(together[name]),
                 over_fastest=paired_ratio(together[name], together[order[0]], seed),

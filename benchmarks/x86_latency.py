@@ -1,0 +1,189 @@
+"""Milliseconds on this x86 processor: dense and pruned, fp32 and int8, both runtimes, batch 1.
+
+    python benchmarks/x86_latency.py --data=DIR --weights=resnet56.th [--threads 2]
+
+ResNet-56 with the given weights, and VGG-16 (CIFAR form), MobileNetV3-small and ResNet-18 (both at
+224x224) with random ones, as latency does not depend on them: each dense, and pruned by DRP to at
+most half of its MACs with widths on multiples of 8. Every candidate has a process of its own;
+candidates take turns in blocks, in an order drawn anew for each. *Real speed-up* is dense over
+pruned, paired by block; divided by the MACs' reduction it says how much of that arrives.
+
+For ResNet-56 the int8 accuracy on the 10,000 test images is told, before and after. *Arithmetic
+alone* is MACs over what this processor's best matrix product reaches in float32 with the same
+threads: no network can be faster in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from cifar import load_images, some_images
+from common import write_result
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from greenprune import api, data, models, schema
+from greenprune.harness.presets import Preset
+from greenprune.harness.race import Race, race
+from greenprune.harness.statistics import paired_ratio
+from greenprune.onnx_export import export_onnx
+from greenprune.pruning.batchnorm import reestimate
+from greenprune.pruning.cost import count
+from greenprune.registry import Build, Runner, load_target, runtime_name
+
+SEED = 0
+IMAGES = 64
+CALIBRATION = 200
+RUNTIMES = ("onnxruntime", "openvino")
+PRECISIONS = ("fp32", "int8")
+PRESET = Preset(
+    name="x86_latency",
+    windows=15,
+    window_seconds=1.0,
+    warmup_seconds=1.0,
+    warmup_slice_seconds=0.2,
+    warmup_cap_seconds=10.0,
+    idle_seconds=0.0,
+    rest_seconds=0.0,
+)
+MATRIX, PRODUCTS = 1024, 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+
+    begin = time.monotonic()
+    torch.manual_seed(SEED)
+    loaded = load_images(arguments.data, arguments.weights)
+    peak = peak_macs_per_second(arguments.threads)
+    networks: dict[str, Any] = {}
+    for name in ("resnet56", "vgg16", "mobilenet_v3_small", "resnet18"):
+        dense, images = make(name, loaded, arguments.weights)
+        with tempfile.TemporaryDirectory() as scratch:
+            networks[name] = one(name, dense, images, Path(scratch), arguments.threads, peak)
+            if name == "resnet56":
+                networks[name]["test_accuracy"] = accuracies(Path(scratch), loaded)
+        print(name, networks[name], flush=True)
+    figures = {"threads": arguments.threads, "peak_gmacs": peak / 1e9, "networks": networks}
+    seconds = time.monotonic() - begin
+    print(write_result("x86_latency", seed=SEED, seconds=seconds, figures=figures))
+
+
+def make(name: str, loaded: data.Data, weights: Path) -> tuple[nn.Module, Tensor]:
+    """The dense network and images to score, calibrate and measure with."""
+    if name == "resnet56":
+        network = models.build("greenprune.models:resnet56", {})
+        models.load_weights(network, weights)
+        return network.eval(), some_images(loaded, CALIBRATION, SEED)
+    if name == "vgg16":
+        network, images = models.vgg16(), some_images(loaded, CALIBRATION, SEED)
+    else:
+        network = getattr(torchvision.models, name)(weights=None)
+        images = torch.randn(IMAGES, 3, 224, 224)
+    reestimate(network, images[:IMAGES])
+    return network.eval(), images
+
+
+def one(
+    name: str, dense: nn.Module, images: Tensor, folder: Path, threads: int, peak: float
+) -> dict[str, Any]:
+    """Build, race and judge one network."""
+    half = api.prune_network(dense, images[:IMAGES], macs=0.5)
+    costs = {"dense": count(dense, images[:1]).macs, "half": count(half, images[:1]).macs}
+    target = load_target("x86")
+    artifacts: dict[str, dict[str, Path]] = {}
+    for variant, network in (("dense", dense), ("half", half)):
+        graph = folder / f"{variant}.onnx"
+        export_onnx(network, images[:4], graph, ["logits"])
+        for precision in PRECISIONS:
+            for runtime in RUNTIMES:
+                build = Build(runtime=runtime, precision=precision, calibration=images.numpy())
+                key = runtime_name(runtime, precision)
+                made = target.compile(graph, build, folder / key, variant)
+                artifacts.setdefault(key, {})[variant] = made
+    np.save(folder / "inputs.npy", images[:IMAGES].numpy())
+    found = race("x86", artifacts, folder / "inputs.npy", threads=threads, preset=PRESET)
+    reduction = costs["dense"] / costs["half"]
+    return {
+        "macs": costs,
+        "mac_reduction": reduction,
+        "arithmetic_ms": {variant: 1e3 * macs / peak for variant, macs in costs.items()},
+        "runtimes": {racer.runtime: rows(racer, reduction) for racer in found.racers},
+        "chosen": fastest(found),
+        "int8_layers": {
+            key: integer_share(target.layer_precisions(artifacts[key]["half"], key))
+            for key in artifacts
+            if key.endswith("int8")
+        },
+    }
+
+
+def rows(racer: Any, reduction: float) -> dict[str, Any]:
+    speedup = paired_ratio(racer.blocks_ms["dense"], racer.blocks_ms["half"], SEED)
+    return {
+        "latency_ms": schema.encode(racer.latency_ms),
+        "speedup": schema.encode(speedup),
+        "speedup_over_mac_reduction": speedup.value / reduction,
+    }
+
+
+def fastest(found: Race) -> str:
+    """The runtime on which the pruned network is fastest."""
+    return min(found.racers, key=lambda racer: racer.latency_ms["half"].value).runtime
+
+
+def integer_share(layers: dict[str, str]) -> str:
+    return f"{sum(each == 'int8' for each in layers.values())} of {len(layers)}"
+
+
+def accuracies(folder: Path, loaded: data.Data) -> dict[str, float]:
+    """Of the dense ResNet-56 by each artifact, on all test images."""
+    target, found = load_target("x86"), {}
+    for precision in PRECISIONS:
+        for runtime in RUNTIMES:
+            key = runtime_name(runtime, precision)
+            suffix = "onnx" if runtime == "onnxruntime" else "xml"
+            runner = target.open(folder / key / f"dense.{suffix}", key, 0)
+            found[key] = accuracy(runner, loaded)
+            runner.close()
+    return found
+
+
+def accuracy(runner: Runner, loaded: data.Data) -> float:
+    right: list[NDArray[np.bool_]] = []
+    for split in (loaded.selector, loaded.certification, loaded.test):
+        for start in range(0, len(split), 100):
+            part = slice(start, start + 100)
+            inputs = data.normalise(split.inputs[part], loaded.preprocessing).numpy()
+            answers = runner.run(inputs)["logits"].argmax(axis=1)
+            right.append(answers == split.targets[part].numpy())
+    return float(np.concatenate(right).mean())
+
+
+def peak_macs_per_second(threads: int) -> float:
+    """The best of many square matrix products in float32."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
+    best = float("inf")
+    for _ in range(PRODUCTS):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    torch.set_num_threads(os.cpu_count() or 1)
+    return MATRIX**3 / best
+
+
+if __name__ == "__main__":
+    main()
