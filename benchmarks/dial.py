@@ -104,10 +104,10 @@ def prepared(loaded: data.Data) -> list[NDArray[np.float32]]:
 
 def answers(opened: Bundle, inputs: NDArray[np.float32]) -> dict[str, dict[str, NDArray[Any]]]:
     """What each deployed network answers: variant, output, [N, ...]."""
+    target = load_target(opened.manifest.target)
     return certification.answers(
-        load_target(opened.manifest.target),
+        lambda artifact: target.open(artifact, RUNTIME, 0),
         {name: opened.artifact(name, RUNTIME) for name in VARIANTS},
-        RUNTIME,
         (inputs[start : start + BATCH] for start in range(0, len(inputs), BATCH)),
     )
 

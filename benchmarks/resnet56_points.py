@@ -133,9 +133,7 @@ def schedule(point: Point, *, distilled: bool) -> TrainingSettings:
         "precision": "bf16",
     }
     if distilled:
-        return DistillationSettings(
-            distillation=0.9, temperature=4.0, features=50.0, **settings
-        )
+        return DistillationSettings(distillation=0.9, temperature=4.0, features=50.0, **settings)
     return TrainingSettings(**settings)
 
 

@@ -110,7 +110,7 @@ def _restore_names(original: onnx.ModelProto, model: onnx.ModelProto) -> dict[st
         carrier = by_name.get(carriers.get(node.name, ""))
         if carrier is None or node.op_type not in LAYERS or carrier.op_type not in LAYERS:
             continue
-        if carrier.name not in (node.name, *carriers):
+        if carrier.name != node.name and carrier.name not in carriers:
             renamed[carrier.name] = node.name
             carrier.name = node.name
     return {name: renamed.get(carrier, carrier) for name, carrier in carriers.items()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from greenprune.errors import GreenpruneError, NotAvailableError, TargetError
+from greenprune.errors import GreenpruneError, TargetError
 from greenprune.registry import Build, Capabilities, Runner, runtime_name, split_runtime
 
 X86_ISA = ("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8")
@@ -19,7 +20,7 @@ ISA = (*X86_ISA, *ARM_ISA)
 """Processor flags that decide which kernels a runtime picks."""
 
 
-class BaseTarget:
+class BaseTarget(ABC):
     """Common part of the targets; a page gives the data and overrides what it can do."""
 
     name: ClassVar[str]
@@ -30,13 +31,13 @@ class BaseTarget:
         """Those of the target's runtimes that are installed on this machine."""
         return tuple(runtime for runtime in self.capabilities.runtimes if find_spec(runtime))
 
+    @abstractmethod
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
-        """Refuse: this target compiles nothing yet."""
-        raise NotAvailableError(self._missing())
+        """Compile an ONNX graph; see :class:`greenprune.registry.Target`."""
 
+    @abstractmethod
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
-        """Refuse: this target opens nothing yet."""
-        raise NotAvailableError(self._missing())
+        """Open an artifact; see :class:`greenprune.registry.Target`."""
 
     def open_on_host(self, artifact: Path, runtime: str, threads: int) -> Runner:
         """As :meth:`open`: what this target compiles, the host can run."""
@@ -45,6 +46,10 @@ class BaseTarget:
     def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
         """Empty: the target does not tell."""
         return {}
+
+    def readme(self) -> str | None:
+        """None: there is nothing special about the device."""
+        return None
 
     def simulated_energy(self, artifact: Path) -> dict[str, Any] | None:
         """None: measured, not simulated."""
@@ -80,9 +85,6 @@ class BaseTarget:
                 f"target '{self.name}': int8 needs images to calibrate with and there are none; "
                 "set compile.calibration_images to a hundred or more"
             )
-
-    def _missing(self) -> str:
-        return f"{self.name}: {self.capabilities.status.removeprefix('not available yet: ')}"
 
 
 @contextmanager

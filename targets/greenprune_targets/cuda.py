@@ -1,16 +1,16 @@
-"""NVIDIA GPUs in PCs and servers: TensorRT (data only so far)."""
+"""NVIDIA GPUs in PCs and servers: TensorRT engines that are built on the device."""
 
 from __future__ import annotations
 
 from greenprune.registry import Capabilities
-from greenprune_targets.base import BaseTarget
+from greenprune_targets.tensorrt_target import TensorRtTarget
 
 
-class Cuda(BaseTarget):
+class Cuda(TensorRtTarget):
     """A discrete NVIDIA GPU."""
 
     name = "cuda"
-    description = "discrete NVIDIA GPU, by TensorRT"
+    description = "discrete NVIDIA GPU, by TensorRT 10.3 or later, built on the device"
     capabilities = Capabilities(
         precisions=("fp32", "fp16", "int8"),
         runtimes=("tensorrt",),
@@ -18,5 +18,6 @@ class Cuda(BaseTarget):
         width_multiple=32,
         meters=("nvml",),
         machines=("x86_64", "aarch64"),
-        status="not available yet: building and opening TensorRT engines",
+        built_on_device=True,
+        status="ready, but never yet run on NVIDIA hardware; width_multiple is not measured",
     )

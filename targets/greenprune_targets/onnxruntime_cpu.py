@@ -39,8 +39,8 @@ def layer_precisions(artifact: Path) -> dict[str, str]:
     return {layer: "int8" if integer else "fp32" for layer, integer in found.items()}
 
 
-def open_session(artifact: Path, threads: int) -> OnnxRuntimeRunner:
-    """Open an ONNX graph with all optimisations on the CPU; 0 threads: one for each core.
+def open_session(artifact: Path, threads: int, *, optimise: bool = True) -> OnnxRuntimeRunner:
+    """Open an ONNX graph on the CPU, with all optimisations or none; 0 threads: one for each core.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
@@ -52,7 +52,8 @@ def open_session(artifact: Path, threads: int) -> OnnxRuntimeRunner:
         raise MissingPackageError("onnxruntime", "x86") from error
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Two sessions in one process: the idle one's threads would spin on the cores that the other

@@ -169,8 +169,11 @@ def unknown_target(folder: Path) -> tuple[dict[str, str], list[str]]:
     return {"compile": 'target = "x68"'}, ["'x68'", "did you mean 'x86'"]
 
 
-def unavailable_target(folder: Path) -> tuple[dict[str, str], list[str]]:
-    return {"compile": 'target = "jetson"'}, ["not available yet", "jetson"]
+def target_elsewhere(folder: Path) -> tuple[dict[str, str], list[str]]:
+    return {"compile": 'target = "jetson"'}, [
+        "tensorrt is not on this machine",
+        "greenprune-export --target jetson-orin-nano",
+    ]
 
 
 def unknown_runtime(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -197,7 +200,7 @@ def unavailable_precision(folder: Path) -> tuple[dict[str, str], list[str]]:
         unreadable_image,
         missing_images,
         unknown_target,
-        unavailable_target,
+        target_elsewhere,
         unknown_runtime,
         unavailable_precision,
     ],

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from greenprune import bundle, certification
+from greenprune.errors import TargetError
 from greenprune.runtime import AdaptiveSession
+from greenprune_calibration.qdq_rules import check_tensorrt
 
 
 @pytest.fixture
@@ -73,8 +75,7 @@ def test_named_run_and_output(runs: Path, command: Any, tmp_path: Path) -> None:
         (["nowhere"], ["nowhere", "not a run"]),
         (["unfinished"], ["unfinished", "goes on where it stopped"]),
         (["--target", "x68"], ["'x68'", "did you mean 'x86'", "jetson"]),
-        (["--target", "jetson"], ["not available yet", "jetson"]),
-        (["--target", "x86", "--precision", "fp16"], ["not available yet", "fp16", "int8"]),
+        (["--target", "x86", "--precision", "fp16"], ["no precision 'fp16'", "fp32, int8"]),
         (["--runs", "elsewhere"], ["elsewhere", "no finished run"]),
         (["-o", "taken"], ["taken", "is not a bundle"]),
     ],
@@ -122,6 +123,36 @@ def test_int8_is_judged_raced_and_told(runs: Path, command: Any, tmp_path: Path)
     with AdaptiveSession(tmp_path / "int8.bundle", threads=1) as session:
         (logits,) = session.run(None, {"input": opened.read_array("samples/replay_inputs.npy")})
     assert np.isfinite(logits).all()
+
+
+def test_a_jetson_bundle_builds_itself_on_the_board(
+    runs: Path, command: Any, tmp_path: Path
+) -> None:
+    done = command(
+        "greenprune-export", "--target", "jetson", "--precision", "int8", "-o", "jetson.bundle"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checked by TensorRT-RTX" in done.stderr or "checked by rules alone" in done.stderr
+
+    opened = bundle.open_bundle(tmp_path / "jetson.bundle")
+    opened.verify()
+    manifest = opened.manifest
+    assert (manifest.target, manifest.runtime) == ("jetson-orin-nano", "tensorrt-int8")
+    assert manifest.provenance["race"]["race"] is None, "nobody raced on a board that is not here"
+    wanted = {"tensorrt": "fp32", "tensorrt-fp16": "fp16", "tensorrt-int8": "int8"}
+    for variant in manifest.variants.values():
+        assert set(variant.artifacts) == set(wanted)
+        for name, precision in wanted.items():
+            types = set(check_tensorrt(opened.file(variant.artifacts[name])).values())
+            assert precision in types, f"{name}: {types}"
+    assert not [name for name in manifest.files if name.endswith((".engine", ".plan"))]
+    assert manifest.selector.threshold is None
+    assert manifest.certification.inputs is not None
+    readme = opened.file("README.md").read_text()
+    for words in ("orin-nano", "--system-site-packages", "nvpmodel", "| 6.1 | 36.4.0 | 10.3 "):
+        assert words in readme
+    with pytest.raises(TargetError, match=r"this is no Jetson"):
+        AdaptiveSession(tmp_path / "jetson.bundle")
 
 
 def test_the_dial_on_a_simulated_target_has_energies(

@@ -109,6 +109,109 @@ def test_closing_ends_what_is_pending(
         session.run_async(None, {"input": batch([0.9])}, deliver)
 
 
+def test_a_cancelled_callback_may_ask_again_and_close(
+    tiny_bundle: Path, fakes: Any, batch: Any, answers: Any
+) -> None:
+    session = AdaptiveSession(tiny_bundle, policy=HALF, max_pending=3)
+    gate = fakes["aggressive"].before = Gate()
+    feeds = {"input": batch([0.9])}
+
+    def callback(outputs: Any, user_data: Any, error: Any) -> None:
+        answers.put((user_data, error))
+        if error is not None:
+            with pytest.raises(BundleError, match="closed"):
+                session.run_async(None, feeds, callback, "again")
+            session.close()  # waits for the one that runs
+
+    for index in range(3):
+        assert session.run_async(None, feeds, callback, index)
+    gate.begun.acquire()
+    closing = threading.Thread(target=session.close, kwargs={"cancel_pending": True}, daemon=True)
+    closing.start()
+    assert answers.get(timeout=60)[0] == 1
+    gate.may_end.set()
+    assert {answers.get(timeout=60)[0] for _ in range(2)} == {0, 2}
+    closing.join(60)
+    assert not closing.is_alive()
+    assert answers.empty()
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_callback_that_exits_ends_nobody_else(
+    tiny_bundle: Path,
+    fakes: Any,
+    batch: Any,
+    answers: Any,
+    cancel: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    session = AdaptiveSession(tiny_bundle, policy=HALF, max_pending=4)
+    gate = fakes["aggressive"].before = Gate()
+    feeds = {"input": batch([0.9])}
+
+    def callback(outputs: Any, user_data: Any, error: Any) -> None:
+        answers.put((user_data, error is None))
+        raise SystemExit("no more")
+
+    for index in range(3):
+        assert session.run_async(None, feeds, callback, index)
+    gate.begun.acquire()
+    threading.Timer(0, gate.may_end.set).start()
+    if not cancel:
+        assert [answers.get(timeout=60) for _ in range(3)] == [(i, True) for i in range(3)]
+        assert session.run_async(None, feeds, callback, 3)  # still answered
+    session.close(cancel_pending=cancel)
+    rest = [answers.get(timeout=60) for _ in range(3 if cancel else 1)]
+    assert {data for data, _ in rest} == ({0, 1, 2} if cancel else {3})
+    assert answers.empty()
+    assert caplog.text.count("SystemExit: no more") == (3 if cancel else 4)
+
+
+def test_closing_in_a_callback_cancels_what_waits_behind_it(
+    tiny_bundle: Path, fakes: Any, batch: Any, answers: Any
+) -> None:
+    session = AdaptiveSession(tiny_bundle, policy=HALF, max_pending=3)
+    gate = fakes["aggressive"].before = Gate()
+
+    def callback(outputs: Any, user_data: Any, error: Any) -> None:
+        session.close()  # cannot wait for calls that its own thread would answer
+        answers.put((user_data, error))
+
+    for index in range(3):
+        assert session.run_async(None, {"input": batch([0.9])}, callback, index)
+    gate.may_end.set()
+    found = dict(answers.get(timeout=60) for _ in range(3))
+    assert found[0] is None
+    assert all("cancelled" in str(found[index]) for index in (1, 2))
+    assert fakes["aggressive"].seen == [1]
+    assert fakes["aggressive"].closed
+
+
+def test_no_call_is_taken_while_the_session_closes(
+    tiny_bundle: Path, fakes: Any, batch: Any, deliver: Any, answers: Any
+) -> None:
+    """Not even between two steps of closing: the thread for it would never end."""
+    session = AdaptiveSession(tiny_bundle, policy=HALF)
+    inner, late = session._lock, []
+
+    class Lock:
+        def __enter__(self) -> None:
+            inner.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            inner.release()
+            session._lock = inner
+            try:
+                late.append(session.run_async(None, {"input": batch([0.9])}, deliver))
+            except BundleError as error:
+                late.append(str(error))
+
+    session._lock = Lock()  # type: ignore[assignment]
+    session.close()
+    assert "closed" in str(late[0])
+    assert answers.empty()
+
+
 def test_a_callback_may_fail_ask_again_and_close(
     tiny_bundle: Path, fakes: Any, batch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="compiling is the host's")
 
 from greenprune import compilation
-from greenprune.errors import NotAvailableError, TargetError
+from greenprune.errors import TargetError
 from greenprune.harness.race import Race, Racer
 from greenprune.harness.statistics import Interval
 from greenprune.recipe import CompileSettings, Recipe
@@ -41,7 +41,7 @@ def test_every_precision_up_to_the_one_asked_for(
 
 
 def test_what_a_target_does_not_offer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotAvailableError, match=r"'fp16' for target 'x86'.*fp32, int8"):
+    with pytest.raises(TargetError, match=r"'x86' has no precision 'fp16'.*fp32, int8"):
         compilation.runtimes(job_for(tmp_path, precision="fp16"))
     with pytest.raises(TargetError, match="no runtime 'tvm'; expected some of onnxruntime"):
         compilation.runtimes(job_for(tmp_path, runtimes=("tvm",)))

@@ -23,6 +23,9 @@ from greenprune.runtime.policy import Point
 
 CERTIFIED = Policy(max_accuracy_loss=0.05)
 QUICK = DriftGuard(audit_share=1.0, false_alarm_rate=1e-4)
+DEAF = DriftGuard(audit_share=1.0, false_alarm_rate=1e-300)
+AGREE, DISAGREE = 0.0, 1.5
+"""First pixels for which the networks answer the same class, and for which they do not."""
 
 
 def reference(coverage: float = 0.5, n: int = 5000, disagreement: float | None = 0.02) -> Reference:
@@ -64,6 +67,13 @@ def test_the_bound_is_above_the_share_and_covers_the_exact_one(hits: int, more: 
             for k in range(hits + 1)
         ]
         assert sum(map(math.exp, log_terms)) <= 0.01
+
+
+def test_the_three_bounds_of_one_threshold_in_a_hundred_hold_together_at_a_thousandth() -> None:
+    for samples in (10, 1000, 100_000):
+        bound = Bound.above(0.0, samples)
+        if bound is not None:
+            assert 100 * 3 * (1 - bound.rate) ** samples <= 0.001  # the chance of no hit at all
 
 
 def test_edges_of_the_bound() -> None:
@@ -143,7 +153,16 @@ def test_a_large_batch_is_no_overflow() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"audit_share": 1.5}, {"audit_share": -0.1}, {"false_alarm_rate": 0.0}]
+    "options",
+    [
+        {"audit_share": 1.5},
+        {"audit_share": -0.1},
+        {"audit_share": "x"},
+        {"audit_share": True},
+        {"audit_share": float("nan")},
+        {"false_alarm_rate": 0.0},
+        {"false_alarm_rate": None},
+    ],
 )
 def test_the_guard_is_checked(options: Any) -> None:
     with pytest.raises(BundleError, match=r"drift: .* expected a"):
@@ -151,12 +170,16 @@ def test_the_guard_is_checked(options: Any) -> None:
 
 
 @pytest.fixture
-def judged(tiny_bundle: Path, fakes: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+def judged(tiny_bundle: Path, fakes: Any) -> Path:
     """Its certificate saw 2000 images, half of them accepted, 2% of these contradicted by mild."""
     record = bundle.open_bundle(tiny_bundle).manifest.selector
-    row = dataclasses.replace(record.table[0], n=2000, coverage=0.5)
-    bundle.update_manifest(tiny_bundle, {"selector": dataclasses.replace(record, table=(row,))})
-    monkeypatch.setattr(Reference, "of_row", lambda row: reference(row.coverage, row.n))
+    row = dataclasses.replace(record.table[0], n=2000, coverage=0.5, disagreement=0.02)
+    energies = {
+        name: {"value": value, "provenance": "measured_counter"}
+        for name, value in {"mild": 10.0, "aggressive": 2.0}.items()
+    }
+    changed = {"selector": dataclasses.replace(record, table=(row,)), "energy_mj": energies}
+    bundle.update_manifest(tiny_bundle, changed)
     return tiny_bundle
 
 
@@ -213,17 +236,66 @@ def test_a_listener_that_fails_costs_no_answer(
     assert "deaf" in caplog.text
 
 
+def test_an_alarm_costs_no_answer_where_warnings_are_errors(
+    judged: Path, fakes: Any, batch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = AdaptiveSession(judged, policy=CERTIFIED, drift=QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drive(session, batch, 100).routes == ("mild",)
+    assert (session.statistics.calls, session.statistics.failed) == (100, 0)
+    assert "accepts more" in caplog.text
+
+
+def test_audits_are_counted_and_paid_for(judged: Path, fakes: Any, batch: Any) -> None:
+    session = AdaptiveSession(judged, policy=CERTIFIED, drift=DEAF)
+    inputs = batch([0.9, 0.9, 0.9, 0.1], first=[AGREE, DISAGREE, DISAGREE, DISAGREE])
+    _, info = session.run_with_info(None, {"input": inputs})
+    assert info.routes == ("aggressive",) * 3 + ("mild",)
+    assert info.energies_mj == (12.0,) * 4
+    found = session.statistics
+    assert (found.audits, found.disagreements, found.energy_mj) == (3, 2, 48.0)
+    assert fakes["mild"].seen == [1, 3]  # the escalated one, then the audited ones
+
+
+def test_an_alarm_where_mild_contradicts(judged: Path, fakes: Any, batch: Any) -> None:
+    session = AdaptiveSession(judged, policy=CERTIFIED, drift=QUICK, on_drift=lambda reason: None)
+    for first, alarmed in ((AGREE, False), (DISAGREE, True)):
+        for _ in range(20):  # half of them accepted, as at certification
+            session.run(None, {"input": batch([0.9, 0.1], first=first)})
+        assert (session.statistics.drift is not None) == alarmed
+    assert "is contradicted by mild on more" in str(session.statistics.drift)
+    assert session.threshold is None
+
+
+def test_audits_take_no_trial_and_make_no_answer_late(
+    judged: Path, fakes: Any, batch: Any, clock: Any
+) -> None:
+    session = AdaptiveSession(
+        judged, policy=CERTIFIED, drift=DEAF, deadline_ms=30, breaker_seconds=30
+    )
+    fakes["mild"].before = lambda: clock.advance(0.1)
+    session.warmup()
+    for _ in range(4):
+        clock.advance(31)  # an escalated call could try mild now
+        _, info = session.run_with_info(None, {"input": batch([0.9])})
+        assert (info.routes, info.late) == (("aggressive",), False)
+    assert session.statistics.audits == 0
+    _, info = session.run_with_info(None, {"input": batch([0.1])})  # still can
+    assert (info.routes, info.late) == (("mild",), True)
+
+
 def test_audits_change_no_answer(judged: Path, fakes: Any, batch: Any) -> None:
     scores = np.random.default_rng(0).random(64)
     guard = DriftGuard(audit_share=0.5, false_alarm_rate=1e-300)
     with_audits = AdaptiveSession(judged, policy=CERTIFIED, drift=guard)
     without = AdaptiveSession(judged, policy=CERTIFIED, drift=None)
     for start in range(0, 64, 4):
-        feeds = {"input": batch(scores[start : start + 4], first=start)}
+        feeds = {"input": batch(scores[start : start + 4], first=[AGREE, DISAGREE] * 2)}
         np.testing.assert_array_equal(with_audits.run(None, feeds), without.run(None, feeds))
     found = with_audits.statistics
     assert 0 < found.audits < found.routes["aggressive"]
-    assert found.disagreements == found.audits or found.disagreements == 0
+    assert 0 < found.disagreements < found.audits
     assert found.routes == without.statistics.routes
     assert without.statistics.audits == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,46 @@ def test_mild_that_nobody_has_timed_is_tried(
     assert (tags, info.degraded, info.late) == ([1], (False,), True)
 
 
+def test_an_aggressive_network_that_cannot_stand_in_leaves_it_to_mild(
+    tiny_bundle: Path, fakes: Any, batch: Any, clock: Any
+) -> None:
+    """Nothing is accepted, there is no time for mild, and aggressive is broken."""
+    record = bundle.open_bundle(tiny_bundle).manifest.selector
+    accepts_nothing = dataclasses.replace(record, threshold=None, table=())
+    bundle.update_manifest(tiny_bundle, {"selector": accepts_nothing})
+    session = AdaptiveSession(tiny_bundle, deadline_ms=10, breaker_faults=2)
+    assert fakes["aggressive"].opened  # it stands in when there is no time to open it
+    fakes["mild"].before = lambda: clock.advance(0.020)
+    session.warmup()
+    tags, info = ask(session, batch([0.1]))
+    assert (tags, info.degraded, info.late) == ([2], (True,), False)
+    fakes["aggressive"].fail("aggressive is broken")
+    for turn in range(3):
+        tags, info = ask(session, batch([0.1, 0.9]))
+        assert (tags, info.degraded, info.late) == ([1, 1], (False, False), True)
+        assert all(("rests" if turn == 2 else "is broken") in str(why) for why in info.faults)
+    found = session.statistics
+    assert (found.calls, found.failed, found.faults, found.breaker_open) == (4, 0, 6, True)
+    fakes["mild"].fail("mild is broken too")
+    with pytest.raises(RuntimeError, match="mild is broken too"):
+        ask(session, batch([0.1]))
+
+
+def test_mild_s_error_is_passed_on_where_aggressive_cannot_stand_in(
+    tiny_bundle: Path, fakes: Any, batch: Any
+) -> None:
+    record = bundle.open_bundle(tiny_bundle).manifest.selector
+    accepts_nothing = dataclasses.replace(record, threshold=None, table=())
+    bundle.update_manifest(tiny_bundle, {"selector": accepts_nothing})
+    session = AdaptiveSession(tiny_bundle, on_fault="degrade")
+    fakes["mild"].fail("mild is broken")
+    tags, info = ask(session, batch([0.1]))
+    assert (tags, info.degraded) == ([2], (True,))
+    fakes["aggressive"].fail("aggressive is broken")
+    with pytest.raises(RuntimeError, match="mild is broken"):
+        ask(session, batch([0.1]))
+
+
 def test_latency_is_known_by_size_of_batch() -> None:
     latency = MildLatency(30.0)
     assert latency.p99(4) is None
@@ -251,10 +292,27 @@ def test_latency_is_known_by_size_of_batch() -> None:
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
 
 
+def test_runs_that_fit_do_not_put_a_trial_off() -> None:
+    """Quick runs of single samples say nothing about large batches, which a slow spell shut out."""
+    latency = MildLatency(30.0)
+    latency.record(1, 0.010, 0.1, 0.0)
+    latency.record(16, 0.200, 0.1, 0.0)  # late
+    for now in range(1, 30):
+        assert latency.fits(1, 0.1)
+        assert not latency.fits(16, 0.1)
+        assert not latency.tries(0.1, float(now))
+        latency.record(1, 0.010, 0.1, float(now))
+    assert latency.tries(0.1, 31.0)
+    assert not latency.tries(0.1, 31.0)  # one call alone
+    latency.record(16, 0.050, 0.1, 31.1)  # in time again
+    assert latency.fits(16, 0.1)
+    assert not latency.fits(1, 0.0)
+
+
 @pytest.mark.parametrize(
     ("break_it", "error", "message"),
     [
-        (('"schema": 1', '"schema": 99'), BundleError, "expected schema version 1, found 99"),
+        (('"schema": 2', '"schema": 99'), BundleError, "expected schema version 2, found 99"),
         (('"target": "x86"', '"target": "jetson"'), GreenpruneError, "jetson"),
         (('"target": "x86"', '"target": "x68"'), TargetError, "unknown target 'x68'"),
     ],

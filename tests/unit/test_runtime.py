@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from greenprune import bundle
 from greenprune.bundle import Preprocessing
 from greenprune.errors import BundleError, DataError, GreenpruneError
-from greenprune.runtime import AdaptiveSession, Policy, RunInfo, decide
+from greenprune.runtime import AdaptiveSession, Policy, RunInfo, decide, statistics
+from greenprune.runtime.faults import percentile
 from greenprune.runtime.preprocessing import preprocess
 
 
@@ -129,6 +130,8 @@ BAD_FEEDS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda one: {"input": one[:, :, :8]}, r"\[1, 1, 8, 16\]"),
     (lambda one: {"input": one[:0]}, "N >= 1"),
     (lambda one: {"input": [[1.0]]}, "got list"),
+    (lambda one: one, "expected a dict of the input 'input', got: ndarray$"),
+    (lambda one: None, "expected a dict of the input 'input', got: NoneType$"),
     (lambda one: {"input": one * np.nan}, "expected finite values, got 256 .* in sample 0"),
     (
         lambda one: {"input": np.concatenate([one, np.full_like(one, np.inf)])},
@@ -147,6 +150,8 @@ def test_feeds_are_checked(
             call(None, feeds(batch([1])))
         with pytest.raises(DataError, match="unknown output 'x'; expected some of: logits"):
             call(["x"], {"input": batch([1])})
+        with pytest.raises(DataError, match="expected a list of names or None, got 'logits'"):
+            call("logits", {"input": batch([1])})
     assert session.statistics.calls == session.statistics.failed == 0
 
 
@@ -160,11 +165,38 @@ def test_feeds_are_checked(
         ({"deadline_ms": float("nan")}, "deadline_ms = nan"),
         ({"breaker_faults": 0}, "breaker_faults = 0"),
         ({"max_pending": -1}, "max_pending = -1"),
+        ({"max_pending": 1.5}, "max_pending = 1.5: expected a whole number, at least 1"),
+        ({"breaker_faults": 2.5}, "breaker_faults = 2.5: expected a whole number"),
+        ({"breaker_seconds": "long"}, "breaker_seconds = 'long': expected a finite number"),
+        ({"deadline_ms": True}, "deadline_ms = True: expected a finite number"),
+        ({"threads": -1}, "threads = -1: expected a whole number, at least 0"),
+        ({"threads": "2"}, "threads = '2': expected a whole number"),
+        ({"policy": "mild"}, "policy = 'mild': expected a Policy"),
+        ({"drift": True}, "drift = True: expected a DriftGuard"),
     ],
 )
 def test_options_are_checked(tiny_bundle: Path, fakes: Any, options: Any, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         AdaptiveSession(tiny_bundle, **options)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_bundle: Path, fakes: Any, batch: Any) -> None:
+    session = AdaptiveSession(
+        tiny_bundle,
+        deadline_ms=np.float32(30),  # type: ignore[arg-type]
+        max_pending=np.int64(4),  # type: ignore[arg-type]
+        threads=np.int32(1),  # type: ignore[arg-type]
+    )
+    session.run(None, {"input": batch([1])}, deadline_ms=np.int64(10))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", [None, 0.01, "mild"])
+def test_only_a_policy_is_one(tiny_bundle: Path, fakes: Any, policy: Any) -> None:
+    session = AdaptiveSession(tiny_bundle)
+    before = session.policy
+    with pytest.raises(BundleError, match=r"policy = .*: expected a Policy, as in Policy\("):
+        session.policy = policy
+    assert session.policy is before
 
 
 def test_networks_that_do_not_fit_the_manifest_are_refused(tiny_bundle: Path, fakes: Any) -> None:
@@ -209,24 +241,123 @@ def test_closing_waits_for_the_calls_that_run(tiny_bundle: Path, fakes: Any, bat
     assert fakes["aggressive"].closed
 
 
-def test_threads_share_a_session(tiny_bundle: Path, fakes: Any, batch: Any) -> None:
+def test_a_refused_policy_leaves_alone_what_others_opened(
+    tiny_bundle: Path, fakes: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call opens the lazy mild network while a policy waits to open dense, which is broken."""
+    session = AdaptiveSession(tiny_bundle, policy=at(0.5), mild="lazy", drift=None)
+    opening, waiting = threading.Event(), threading.Event()
+    inner, target = session._networks._lock, session._networks._target
+    open_it = target.open
+
+    class Lock:
+        def __enter__(self) -> None:
+            if opening.is_set():
+                waiting.set()
+            inner.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            inner.release()
+
+    def open_slowly(artifact: Path, runtime: str, threads: int) -> Any:
+        if artifact.stem == "dense":
+            raise RuntimeError("dense is broken")
+        opening.set()
+        waiting.wait()
+        return open_it(artifact, runtime, threads)
+
+    session._networks._lock = Lock()  # type: ignore[assignment]
+    monkeypatch.setattr(target, "open", open_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(session.run, None, {"input": batch([0.1])})
+        opening.wait()
+        with pytest.raises(RuntimeError, match="dense is broken"):
+            session.policy = Policy(route="dense")
+        assert call.result()[0][0, 1] == 1.0
+    assert not fakes["mild"].closed
+    assert (session.run(None, {"input": batch([0.1])})[0][0, 1]) == 1.0
+
+
+def test_what_a_refused_policy_opened_is_closed(tiny_bundle: Path, fakes: Any) -> None:
+    session = AdaptiveSession(tiny_bundle, policy=Policy(route="dense"))
+    fakes["mild"].output_names = ("other",)
+    with pytest.raises(BundleError, match="outputs logits"):
+        session.policy = at(0.5)
+    assert fakes["aggressive"].closed
+    assert not fakes["dense"].closed
+
+
+def test_a_session_that_closes_opens_nothing_more(
+    tiny_bundle: Path, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = AdaptiveSession(tiny_bundle, policy=Policy(route="mild"))
+    needs = session._needs
+
+    def close_meanwhile(*arguments: Any, **options: Any) -> Any:
+        session.close()
+        return needs(*arguments, **options)
+
+    monkeypatch.setattr(session, "_needs", close_meanwhile)
+    with pytest.raises(BundleError, match="closed"):
+        session.policy = Policy(route="dense")
+    assert not fakes["dense"].opened
+
+
+def test_an_error_in_the_books_does_not_hang_closing(
+    tiny_bundle: Path, fakes: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = AdaptiveSession(tiny_bundle, policy=at(0.5))
+    monkeypatch.setattr(session, "_counters", None)
+    with pytest.raises(AttributeError):
+        session.run(None, {"input": batch([0.9])})
+    closing = threading.Thread(target=session.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+
+
+def test_latencies_are_sorted_while_calls_go_on(
+    tiny_bundle: Path, fakes: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = AdaptiveSession(tiny_bundle, policy=at(0.5))
+    for _ in range(100):
+        session.run(None, {"input": batch([0.9])})
+    locked: list[bool] = []
+
+    def spy(values: Any, share: float) -> float:
+        locked.append(session._lock.locked())
+        return percentile(values, share)
+
+    monkeypatch.setattr(statistics, "percentile", spy)
+    found = session.statistics
+    assert locked == [False, False]
+    assert found.latency_p50_ms is not None
+    assert found.latency_p99_ms is not None
+    assert found.latency_p50_ms <= found.latency_p99_ms
+
+
+def test_threads_share_a_session(tiny_bundle: Path, fakes: Any, batch: Any) -> None:
+    """While the policy changes all the time: no call sees half of one."""
+    session = AdaptiveSession(tiny_bundle, policy=at(0.3), drift=None)
     gate = threading.Barrier(8)
+    seen: set[tuple[Any, ...]] = set()
 
     def work(worker: int) -> bool:
-        scores = np.random.default_rng(worker).random(8)
-        expected = np.where(scores >= 0.5, 2, 1)
+        scores = np.random.default_rng(worker).random(8).astype(np.float32)
         gate.wait()
         for turn in range(300):
-            if worker == 0:  # the policy changes all the time; no call sees half of it
-                session.policy = at(0.5) if turn % 2 else Policy(max_accuracy_loss=0.05)
-            (logits,) = session.run(None, {"input": batch(scores, first=worker)})
+            if worker == 0:
+                session.policy = at(0.3) if turn % 2 else Policy(max_accuracy_loss=0.05)
+            (logits,), info = session.run_with_info(None, {"input": batch(scores, first=worker)})
+            seen.add((info.threshold, *info.certified))
+            expected = np.where(decide(scores, info.threshold), 2, 1)
             if not ((logits[:, 0] == worker) & (logits[:, 1] == expected)).all():
                 return False
         return True
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+    assert seen == {(0.3, *[False] * 8), (0.5, *[True] * 8)}
     found = session.statistics
     assert (found.calls, sum(found.routes.values())) == (2400, 19200)
 
@@ -243,6 +374,15 @@ def test_it_looks_like_an_onnx_runtime_session(tiny_bundle: Path) -> None:
         assert [(node.name, node.shape, node.type) for node in ours] == [
             (node.name, node.shape, node.type) for node in theirs
         ]
+    session.policy = Policy(route="mild")
+    feeds = {"input": np.ones((2, 1, 16, 16), dtype=np.float32)}
+    for each in (session, real):
+        for names in (None, [], ["logits"], ("logits",)):
+            (logits,) = each.run(output_names=names, input_feed=feeds)
+            np.testing.assert_array_equal(logits, real.run(None, feeds)[0])
+    for call in (session.run_with_info, partial(session.run_async, callback=print)):
+        call(output_names=[], input_feed=feeds)  # type: ignore[operator]
+    session.close()
 
 
 @given(st.lists(st.floats(width=32), max_size=30), st.one_of(st.none(), st.floats(0, 1)))

@@ -16,14 +16,11 @@ from greenprune.bundle import open_bundle
 from greenprune.errors import (
     ExportError,
     MissingPackageError,
-    NotAvailableError,
     TargetError,
 )
 from greenprune.registry import Build
 from greenprune.runtime.runners import verify_artifact
 from greenprune_targets.base import processor
-
-READY = {"x86", "arm", "eyeriss"}
 
 
 @pytest.mark.parametrize("name", sorted(registry.TARGETS))
@@ -32,7 +29,8 @@ def test_capabilities_are_readable_everywhere(name: str) -> None:
     assert target.name == name
     assert target.description
     found = target.capabilities
-    assert found.status.startswith("ready" if name in READY else "not available yet: ")
+    assert found.status.startswith("ready")
+    assert found.precisions[0] == "fp32"
     assert set(target.runtimes_here()) <= set(found.runtimes)
     probed = target.probe()
     assert set(probed["versions"]) == set(found.runtimes)
@@ -58,14 +56,8 @@ def test_reading_capabilities_loads_no_runtime() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(set(registry.TARGETS) - READY))
-def test_what_is_not_there_yet_says_so(name: str, tmp_path: Path) -> None:
-    target = registry.load_target(name)
-    runtime = target.capabilities.runtimes[0]
-    with pytest.raises(NotAvailableError, match=f"not available yet: {name}: "):
-        target.compile(tmp_path / "a.onnx", Build(runtime=runtime), tmp_path, "a")
-    with pytest.raises(NotAvailableError, match=f"not available yet: {name}: "):
-        target.open(tmp_path / "a.onnx", runtime, 0)
+def test_jetson_alone_is_the_smallest_board() -> None:
+    assert registry.load_target("jetson").name == "jetson-orin-nano"
 
 
 def test_an_unknown_target_names_the_known_and_the_near() -> None:

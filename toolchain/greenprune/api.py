@@ -18,6 +18,7 @@ from greenprune.harness import bench as bench
 from greenprune.harness.environment import usable_cores
 from greenprune.pipeline import RUN_FILE, Job, execute, is_current
 from greenprune.recipe import CompileSettings, Recipe
+from greenprune.registry import load_target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,6 +54,7 @@ def run(
     from greenprune import compilation, stages, summary
 
     compilation.runtimes(job)
+    compilation.check_measurable(job)
     _use_threads(job.recipe.threads)
     execute(job, stages.of(job.recipe))
     if not processes.is_first():
@@ -152,13 +154,16 @@ def export(
     Raises:
         RunError: there is no finished run.
         StorageError: ``output`` exists and is not a bundle.
-        TargetError, NotAvailableError, ExportError: from the target.
+        TargetError, ExportError: from the target.
     """
     job = finished_job(run_folder, runs=runs)
     _needs_host()
     from greenprune import compilation, deployment, stages
 
+    target = load_target(target).name
     asked = {**schema.encode(job.recipe.compile), "target": target, "precision": precision}
+    if target != job.recipe.compile.target:
+        asked["runtimes"] = ()  # those of the run are another target's
     settings = schema.decode(asked, CompileSettings, "--precision", RecipeError)
     job = Job(replace(job.recipe, compile=settings), job.folder)
     compilation.runtimes(job)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from greenprune import bundle, schema
 from greenprune.bundle import VARIANTS, CertificationPlan, DialRow, Manifest, Preprocessing
 from greenprune.errors import BundleError, TargetError
 from greenprune.progress import progress
-from greenprune.registry import Target, load_target
+from greenprune.registry import Runner, load_target
 from greenprune.runtime.networks import SCORE
 from greenprune.runtime.preprocessing import preprocess
 from greenprune.runtime.selector import decide
@@ -84,26 +84,22 @@ def is_here(machines: Iterable[str]) -> bool:
 
 
 def answers(
-    target: Target,
+    open_network: Callable[[Path], Runner],
     artifacts: Mapping[str, Path],
-    runtime: str,
     batches: Iterable[NDArray[np.float32]],
-    threads: int = 0,
 ) -> dict[str, dict[str, NDArray[Any]]]:
     """What deployed networks answer: variant to output to [N, ...].
 
     Args:
-        target: whose artifacts they are.
+        open_network: of an artifact.
         artifacts: variant to its artifact's main file.
-        runtime: that opens them.
         batches: prepared inputs, float32 [n, C, H, W] each; gone through once.
-        threads: for the runtime; 0 means one for each core.
     """
     parts: dict[str, list[dict[str, NDArray[Any]]]] = {variant: [] for variant in artifacts}
     with ExitStack() as stack:
         runners = {}
         for variant, artifact in artifacts.items():
-            runners[variant] = target.open(artifact, runtime, threads)
+            runners[variant] = open_network(artifact)
             stack.callback(runners[variant].close)
         for batch in batches:
             for variant, runner in runners.items():
@@ -145,7 +141,9 @@ def certify_bundle(path: Path | str, *, threads: int = 0) -> Manifest:
         )
     artifacts = {variant: opened.artifact(variant, manifest.runtime) for variant in VARIANTS}
     batches = _prepared(opened.read_array(plan.inputs), manifest.preprocessing)
-    found = answers(target, artifacts, manifest.runtime, batches, threads)
+    found = answers(
+        lambda artifact: target.open(artifact, manifest.runtime, threads), artifacts, batches
+    )
     targets = opened.read_array(plan.targets)
     logits = {variant: each[manifest.outputs[0].name] for variant, each in found.items()}
     right = {

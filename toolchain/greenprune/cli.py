@@ -318,7 +318,11 @@ def targets(as_json: bool) -> None:
         )
         return
     for target in found:
-        click.echo(f"{target.name:<9}{target.description}; {target.capabilities.status}")
+        precisions = ", ".join(target.capabilities.precisions)
+        status = target.capabilities.status
+        click.echo(f"{target.name:<17}{target.description}; {precisions}; {status}")
+    for alias, name in registry.ALIASES.items():
+        click.echo(f"{alias:<17}{name}")
 
 
 @commands.command(context_settings=CONTEXT)

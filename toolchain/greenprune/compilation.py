@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from greenprune import certification, models, schema, training
 from greenprune.bundle import VARIANTS
 from greenprune.data import Split, normalise
-from greenprune.errors import ExportError, NotAvailableError, RecipeError, TargetError
+from greenprune.errors import ExportError, RecipeError, TargetError
 from greenprune.harness.race import race
 from greenprune.pipeline import Job, Work
 from greenprune.registry import PRECISIONS, Build, Target, load_target, runtime_name, split_runtime
@@ -24,7 +24,8 @@ from greenprune.runtime.runners import verify_artifact
 from greenprune_calibration import graphs, inspection
 
 BATCH = 100
-NOT_YET = "not available yet: "
+CHECKED = "checked_by"
+"""What a target's probe says of the tool that checks graphs in place of the device."""
 SCORED = "aggressive"
 """The network whose graph has the selector's score as a second output."""
 RACED = ("aggressive", "mild")
@@ -36,20 +37,19 @@ def runtimes(job: Job) -> list[str]:
     precision from the target's widest to the one that is asked for.
 
     Raises:
-        NotAvailableError: the target, or the precision on it, is not built yet.
-        TargetError: an unknown target or runtime, or none of its runtimes is installed.
+        TargetError: an unknown target, a precision or runtime that it does not offer, or none of
+            its runtimes is installed.
     """
     settings = job.recipe.compile
     target = load_target(settings.target)
     found = target.capabilities
-    if found.status.startswith(NOT_YET):
-        raise NotAvailableError(f"target '{settings.target}': {found.status.removeprefix(NOT_YET)}")
     if settings.precision not in found.precisions:
-        raise NotAvailableError(
-            f"precision '{settings.precision}' for target '{settings.target}'; "
-            f"it offers {', '.join(found.precisions)}"
+        raise TargetError(
+            f"target '{target.name}' has no precision '{settings.precision}'; expected one of "
+            f"{', '.join(found.precisions)}"
         )
-    wanted = list(settings.runtimes) or list(target.runtimes_here())
+    here = found.runtimes if found.built_on_device else target.runtimes_here()
+    wanted = list(settings.runtimes) or list(here)
     if not wanted:
         raise TargetError(
             f"target '{settings.target}': none of its runtimes is installed here; expected one of "
@@ -64,6 +64,19 @@ def runtimes(job: Job) -> list[str]:
     up_to = PRECISIONS.index(settings.precision) + 1
     precisions = [precision for precision in PRECISIONS[:up_to] if precision in found.precisions]
     return [runtime_name(runtime, precision) for precision in precisions for runtime in wanted]
+
+
+def check_measurable(job: Job) -> None:
+    """Raises TargetError: the target builds on its device and this is not one, so that a whole run
+    could not measure what it made."""
+    target = load_target(job.recipe.compile.target)
+    if target.capabilities.built_on_device and not target.runtimes_here():
+        raise TargetError(
+            f"compile.target = '{target.name}': a whole run ends with a measurement, and "
+            f"{' or '.join(target.capabilities.runtimes)} is not on this machine; expected a "
+            f"target that runs here, such as x86; then `greenprune-export --target {target.name}`, "
+            "and greenprune-bench on the device"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +126,15 @@ def compile_artifacts(work: Work) -> dict[str, Any]:
             simulated = target.simulated_energy(made)
             if simulated is not None:
                 energies[variant] = simulated
+    machine = target.probe()
+    checked = {"headline": f"checked by {machine[CHECKED]}"} if CHECKED in machine else {}
     return {
         "artifacts": artifacts,
         "largest_difference": differences,
         "int8": int8,
         "simulated_energy": energies,
-        "machine": target.probe(),
+        "machine": machine,
+        **checked,
     }
 
 
@@ -193,11 +209,9 @@ def answers(
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     """What artifacts answer to a split: variant -> output name -> array."""
     return certification.answers(
-        target,
+        lambda artifact: target.open_on_host(artifact, runtime, job.recipe.threads),
         artifacts,
-        runtime,
         (prepared(job, part) for part in split.inputs.split(BATCH)),
-        job.recipe.threads,
     )
 
 

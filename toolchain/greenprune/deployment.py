@@ -28,7 +28,6 @@ from greenprune.runtime import decide
 from greenprune_calibration.samples import draw_balanced
 
 BATCH = 100
-NOT_YET = "not available yet: "
 REPLAY_BYTES = 64 << 20
 """A bundle's replay images stay below this, whatever their size."""
 
@@ -231,6 +230,9 @@ def write_bundle(work: Work) -> dict[str, Any]:
         for runtime in built_artifacts(job, "dense")
         for path in sorted((compiled / runtime).iterdir())
     }
+    readme = load_target(target).readme()
+    if readme is not None:
+        files["README.md"] = readme.encode()
     manifest = bundle.write(work.folder / "bundle", _manifest(job), files)
     return {"bytes": sum(entry.bytes for entry in manifest.files.values())}
 

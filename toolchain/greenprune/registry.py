@@ -17,9 +17,13 @@ TARGETS = {
     "x86": "greenprune_targets.x86:X86",
     "arm": "greenprune_targets.arm:Arm",
     "cuda": "greenprune_targets.cuda:Cuda",
-    "jetson": "greenprune_targets.jetson:Jetson",
+    "jetson-orin-nano": "greenprune_targets.jetson:OrinNano",
+    "jetson-orin-nx": "greenprune_targets.jetson:OrinNx",
+    "jetson-agx-orin": "greenprune_targets.jetson:AgxOrin",
+    "jetson-thor": "greenprune_targets.jetson:Thor",
     "eyeriss": "greenprune_targets.eyeriss:Eyeriss",
 }
+ALIASES = {"jetson": "jetson-orin-nano"}
 ENTRY_POINTS = "greenprune.targets"
 PRECISIONS = ("fp32", "fp16", "int8")
 """From the widest to the narrowest."""
@@ -53,8 +57,10 @@ class Capabilities:
     """Energy meters that it may have."""
     machines: tuple[str, ...]
     """``platform.machine()`` of the machines that it runs on."""
+    built_on_device: bool = False
+    """Artifacts are graphs that any machine can make and check; the device compiles them itself."""
     status: str = "ready"
-    """``ready``, or what is missing: ``not available yet: ...``."""
+    """``ready``, and what its users should know of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,10 @@ class Target(Protocol):
         by the runtime's own graph: layer to ``int8``, ``fp32`` ..."""
         ...
 
+    def readme(self) -> str | None:
+        """What a bundle says to whoever brings it to the device, Markdown; None: nothing."""
+        ...
+
     def simulated_energy(self, artifact: Path) -> dict[str, Any] | None:
         """``{energy_mac_units, provenance}`` of one inference, relative, where the target is a
         simulation; None where energy must be measured."""
@@ -141,9 +151,10 @@ def load_target(name: str) -> Target:
     Raises:
         TargetError: there is none of that name, or its package does not load.
     """
+    name = ALIASES.get(name, name)
     place = TARGETS.get(name) or available_targets().get(name)
     if place is None:
-        known = sorted(available_targets())
+        known = sorted({*available_targets(), *ALIASES})
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise TargetError(f"unknown target '{name}'{hint}; expected one of: {', '.join(known)}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from greenprune.errors import BundleError
+from greenprune.runtime.networks import CLOSED
 
 Work = Callable[[], Any]
 Deliver = Callable[[Any, BaseException | None], None]
-"""Takes the result or the error; the other one is None."""
+"""Takes the result or the error; the other one is None. What it raises is logged."""
 
 
 class AsyncCalls:
@@ -22,47 +25,65 @@ class AsyncCalls:
     """
 
     def __init__(self, limit: int) -> None:
-        self._slots = threading.BoundedSemaphore(limit)
+        self._limit = limit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="greenprune")
         self._worker: int | None = None
+        self._lock = threading.Lock()  # of all that follows; never held in a delivery
+        self._waiting: deque[tuple[Work, Deliver]] = deque()
+        self._running = 0
+        self._closed = False
 
     def submit(self, work: Work, deliver: Deliver) -> bool:
         """Take a call, or not: then False, and nothing of it will be heard again.
 
-        What ``deliver`` raises is logged by ``concurrent.futures``' logger.
-
         Raises:
             BundleError: closed.
         """
-        if not self._slots.acquire(blocking=False):
-            return False
-        try:
-            future = self._pool.submit(self._answer, work, deliver)
-        except RuntimeError as error:
-            self._slots.release()
-            raise BundleError("the session is closed; open a new AdaptiveSession") from error
-        future.add_done_callback(lambda done: self._finish(done, deliver))
-        return True
+        with self._lock:
+            if self._closed:
+                raise BundleError(CLOSED)
+            if len(self._waiting) + self._running >= self._limit:
+                return False
+            self._pool.submit(self._answer_next)
+            self._waiting.append((work, deliver))
+            return True
 
     def close(self, *, cancel: bool) -> None:
-        """Take no more, and end what is pending: answered, or the error that it was cancelled."""
-        own = threading.get_ident() == self._worker  # closed by a delivery, which cannot wait
-        self._pool.shutdown(wait=not own, cancel_futures=cancel)
+        """Take no more, and end what is pending: answered, or the error that it was cancelled.
 
-    def _answer(self, work: Work, deliver: Deliver) -> None:
+        Closed by a delivery, whose thread is the one that would answer, it always cancels.
+        """
+        own = threading.get_ident() == self._worker
+        cancelled = []
+        with self._lock:
+            self._closed = True
+            if cancel or own:
+                cancelled = list(self._waiting)
+                self._waiting.clear()
+        for _, deliver in cancelled:
+            error = BundleError("cancelled: the session was closed before it was answered")
+            _tell(deliver, None, error)
+        self._pool.shutdown(wait=not own)
+
+    def _answer_next(self) -> None:
         self._worker = threading.get_ident()
+        with self._lock:
+            if not self._waiting:  # cancelled
+                return
+            work, deliver = self._waiting.popleft()
+            self._running = 1
         result, failure = None, None
         try:
             result = work()
         except BaseException as error:
             failure = error
-        self._slots.release()  # before the delivery, which may ask for the next
-        deliver(result, failure)
+        with self._lock:  # before the delivery, which may ask for the next
+            self._running = 0
+        _tell(deliver, result, failure)
 
-    def _finish(self, done: Future[None], deliver: Deliver) -> None:
-        """Of a cancelled call, which never began, and of a delivery that failed."""
-        if done.cancelled():
-            self._slots.release()
-            deliver(None, BundleError("cancelled: the session was closed before it was answered"))
-        elif (error := done.exception()) is not None:
-            raise error  # logged, not lost
+
+def _tell(deliver: Deliver, result: Any, error: BaseException | None) -> None:
+    try:
+        deliver(result, error)
+    except BaseException:  # SystemExit too: it would end the thread, and others their answers
+        logging.getLogger(__name__).exception("the callback of a call failed")

@@ -3,8 +3,8 @@
 Two rates are watched: how many inputs the selector accepts (for nothing), and, by running mild on a
 small share of the accepted ones, how often the two networks disagree there. Each is compared with
 bounds on what the certificate saw: the Chernoff bounds of its n samples at
-:data:`REFERENCE_ERROR`, small enough that a threshold chosen among 100 on the same samples is
-covered at 0.1%.
+:data:`REFERENCE_ERROR`, small enough that all three hold together with 99.9%, for a threshold
+chosen among 100 on the same samples.
 
 The test is a Shiryaev-Roberts e-detector (Shin, Ramdas and Rinaldo, E-detectors, arXiv 2203.03532).
 For Bernoulli observations x with rate at most b and an alternative q > b, the likelihood ratio
@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from greenprune.errors import BundleError
+from greenprune.runtime.checks import finite
 
 if TYPE_CHECKING:
     from greenprune.bundle import DialRow
     from greenprune.runtime.outcome import Outcome
 
-REFERENCE_ERROR = 1e-5
+REFERENCE_ERROR = 0.001 / (3 * 100)
 ODDS = (1.25, 2.0, 4.0, 16.0)
 LARGEST_LOG = 600.0
 
@@ -51,11 +52,11 @@ class DriftGuard:
     """Of the choice of the inputs."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.audit_share <= 1:
+        if not 0 <= finite("drift: audit_share", self.audit_share) <= 1:
             raise BundleError(
                 f"drift: audit_share = {self.audit_share!r}: expected a share from 0 to 1"
             )
-        if not 0 < self.false_alarm_rate < 1:
+        if not 0 < finite("drift: false_alarm_rate", self.false_alarm_rate) < 1:
             raise BundleError(
                 f"drift: false_alarm_rate = {self.false_alarm_rate!r}: expected a probability "
                 "between 0 and 1"

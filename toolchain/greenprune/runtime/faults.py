@@ -72,23 +72,23 @@ class MildLatency:
             return None
         return percentile(self._seen[known], 0.99) * 2.0 ** max(size - known, 0)
 
-    def fits(self, samples: int, left: float, now: float) -> bool:
-        """Whether a run is expected to end within ``left`` seconds, or is due as a trial."""
-        if left <= 0:
-            return False
+    def fits(self, samples: int, left: float) -> bool:
+        """Whether a run may end within ``left`` seconds, by all that is known."""
         expected = self.p99(samples)
-        if expected is None or expected <= left:
-            return True
-        if now < self._next_try:
+        return left > 0 and (expected is None or expected <= left)
+
+    def tries(self, left: float, now: float) -> bool:
+        """Whether this call is to try a run that looks too slow."""
+        if left <= 0 or now < self._next_try:
             return False
         self._next_try = now + self._seconds
         return True
 
     def record(self, samples: int, seconds: float, left: float | None, now: float) -> None:
         """A run's latency, and what was left before it, where it had a deadline."""
-        self._next_try = now + self._seconds
-        expected = self.p99(samples) if left is not None else None
-        if left is not None and expected is not None and seconds <= left < expected:
+        if not self._seen or (left is not None and seconds > left):
+            self._next_try = now + self._seconds  # just tried
+        elif left is not None and not self.fits(samples, left):
             self._seen.clear()
         size = samples.bit_length()
         self._seen.setdefault(size, deque(maxlen=KEPT)).append(seconds)

@@ -45,13 +45,17 @@ class Interface:
         return np.zeros((1, *(size or 1 for size in self._shape)), dtype=np.float32)
 
     def names(self, output_names: Sequence[str] | None) -> Sequence[str]:
-        """The outputs asked for; None: all.
+        """The outputs asked for; None or none: all, as for ONNX Runtime.
 
         Raises:
             DataError: an unknown one.
         """
-        if output_names is None:
+        if not output_names:
             return self.outputs
+        if isinstance(output_names, str) or not isinstance(output_names, Sequence):
+            raise DataError(
+                f"output_names: expected a list of names or None, got {output_names!r:.60}"
+            )
         for name in output_names:
             if name not in self.outputs:
                 raise DataError(
@@ -67,6 +71,10 @@ class Interface:
         Raises:
             DataError: a wrong name, dtype or shape, an empty batch, NaN or infinite values.
         """
+        if not isinstance(feeds, Mapping):
+            raise DataError(
+                f"feeds: expected a dict of the input '{self._input}', got: {type(feeds).__name__}"
+            )
         if len(feeds) != 1 or self._input not in feeds:
             raise DataError(
                 f"feeds: expected exactly the input '{self._input}', got: "

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from greenprune.registry import Runner
 
 SCORE = "score"
+CLOSED = "the session is closed; open a new AdaptiveSession"
 
 
 class Networks:
@@ -32,39 +33,47 @@ class Networks:
 
         self._target = registry.load_target(opened.manifest.target)
         self._opened, self._runtime, self._threads = opened, runtime, threads
+        self._lock = threading.Lock()  # held while a network opens, never while one runs
         self._runners: dict[str, Runner] = {}
-        self._lock = threading.Lock()
+        self._closed = False
 
     def get(self, variant: str) -> Runner:
         """The variant's runner, opened now if it was not yet.
 
         Raises:
-            BundleError: a missing, damaged or unfitting artifact.
+            BundleError: a missing, damaged or unfitting artifact; or the networks are closed.
             TargetError: the runtime refuses it.
             MissingPackageError: the runtime is not installed.
         """
         runner = self._runners.get(variant)
         if runner is not None:
             return runner
-        with self._lock:
-            if variant not in self._runners:
-                self._runners[variant] = self._open(variant)
-            return self._runners[variant]
+        self.open([variant])
+        return self._runners[variant]
 
     def open(self, variants: Iterable[str]) -> None:
-        """Open all of these, or none of those that were not open before."""
-        before = set(self._runners)
-        try:
-            for variant in variants:
-                self.get(variant)
-        except BaseException:
-            for variant in set(self._runners) - before:
-                self._runners.pop(variant).close()
-            raise
+        """Open all of these, or none of those that were not open before.
+
+        Raises as :meth:`get`.
+        """
+        with self._lock:
+            if self._closed:
+                raise BundleError(CLOSED)
+            opened: dict[str, Runner] = {}  # nobody else has them yet
+            try:
+                for variant in variants:
+                    if variant not in self._runners:
+                        opened[variant] = self._open(variant)
+            except BaseException:
+                for runner in opened.values():
+                    runner.close()
+                raise
+            self._runners.update(opened)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and open nothing more."""
         with self._lock:
+            self._closed = True
             for runner in self._runners.values():
                 runner.close()
             self._runners = {}

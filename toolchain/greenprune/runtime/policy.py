@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-
 from greenprune.errors import BundleError
 from greenprune.runtime.budget import BudgetController
+from greenprune.runtime.checks import finite
 from greenprune.runtime.drift import Reference
 
 if TYPE_CHECKING:
@@ -45,12 +43,8 @@ class Policy:
         named = ("max_accuracy_loss", "energy_budget_mj", "threshold")
         for name in named:
             value = getattr(self, name)
-            if value is None:
-                continue
-            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value):
-                raise BundleError(f"policy: {name} = {value!r}: expected a finite number")
-            object.__setattr__(self, name, float(value))
+            if value is not None:
+                object.__setattr__(self, name, finite(f"policy: {name}", value))
         if self.max_accuracy_loss is not None and not 0 < self.max_accuracy_loss < 1:
             raise BundleError(
                 f"policy: max_accuracy_loss = {self.max_accuracy_loss}: expected a fraction "
@@ -63,6 +57,10 @@ class Policy:
         if self.route is not None and self.route not in ROUTES:
             raise BundleError(
                 f"policy: route = {self.route!r}: expected None or one of {', '.join(ROUTES)}"
+            )
+        if not isinstance(self.allow_uncertified, bool):
+            raise BundleError(
+                f"policy: allow_uncertified = {self.allow_uncertified!r:.60}: expected True or False"
             )
         asked = [name for name in (*named, "route") if getattr(self, name) is not None]
         if len(asked) > 1 and set(asked) != {"max_accuracy_loss", "energy_budget_mj"}:
@@ -116,15 +114,16 @@ def make_plan(policy: Policy, manifest: Manifest, runtime: str) -> Plan:
     if policy.energy_budget_mj is not None:
         return _budget_plan(policy, policy.energy_budget_mj, manifest, runtime)
     if policy.max_accuracy_loss is not None:
-        row = _row_for(policy, policy.max_accuracy_loss, manifest, runtime)
-        return Plan(policy=policy, points=(_point(row.threshold, manifest, runtime),))
-    threshold = manifest.selector.threshold
-    if policy.threshold is not None:
-        threshold = policy.threshold
-    point = _point(threshold, manifest, runtime)
-    if policy.threshold is not None and not (point.certified or policy.allow_uncertified):
+        loss = policy.max_accuracy_loss
+        row = _row_for(policy, loss, manifest, runtime)
+        return Plan(policy=policy, points=(_point(row.threshold, loss, manifest, runtime),))
+    if policy.threshold is None:
+        loss, threshold = manifest.certification.operating_loss, manifest.selector.threshold
+        return Plan(policy=policy, points=(_point(threshold, loss, manifest, runtime),))
+    point = _point(policy.threshold, 1.0, manifest, runtime)
+    if not (point.certified or policy.allow_uncertified):
         raise BundleError(
-            f"policy: threshold = {threshold} is not certified for {manifest.setting(runtime)}; "
+            f"policy: threshold = {policy.threshold} is not certified for {manifest.setting(runtime)}; "
             f"expected that of a certified row, or allow_uncertified=True; "
             f"{_list_rows(manifest, runtime)}"
         )
@@ -166,9 +165,10 @@ def _certified_rows(manifest: Manifest, runtime: str) -> list[DialRow]:
     return sorted(rows, key=lambda row: row.max_accuracy_loss)
 
 
-def _point(threshold: float | None, manifest: Manifest, runtime: str) -> Point:
-    """The point of a threshold, with what the dial knows of it."""
-    certified = _certified_rows(manifest, runtime)
+def _point(threshold: float | None, loss: float, manifest: Manifest, runtime: str) -> Point:
+    """The point of a threshold, with what the dial knows of it; certified for at most ``loss``."""
+    rows = _certified_rows(manifest, runtime)
+    certified = [row for row in rows if row.max_accuracy_loss <= loss]
     if threshold is None:
         # The certificate's walk tests accepting nothing before all thresholds.
         return Point(threshold=None, certified=bool(certified))
@@ -204,19 +204,20 @@ def _budget_plan(policy: Policy, budget_mj: float, manifest: Manifest, runtime: 
             f"policy: energy_budget_mj needs the energy of mild and aggressive on '{runtime}'; "
             f"this bundle has {', '.join(energies) or 'none'}; measure it with greenprune-bench"
         )
-    limit = policy.max_accuracy_loss
-    rows = [
-        row
-        for row in _certified_rows(manifest, runtime)
-        if row.threshold is not None and (limit is None or row.max_accuracy_loss <= limit)
-    ]
     if policy.allow_uncertified:
         raise BundleError(
             "policy: energy_budget_mj moves among certified rows only; expected it without "
             "allow_uncertified"
         )
-    nothing = _point(None, manifest, runtime)
-    points = (nothing, *(_point(row.threshold, manifest, runtime) for row in rows))
+    loss = 1.0
+    if policy.max_accuracy_loss is not None:
+        loss = _row_for(policy, policy.max_accuracy_loss, manifest, runtime).max_accuracy_loss
+    thresholds = [
+        row.threshold
+        for row in _certified_rows(manifest, runtime)
+        if row.threshold is not None and row.max_accuracy_loss <= loss
+    ]
+    points = [_point(threshold, loss, manifest, runtime) for threshold in (None, *thresholds)]
     controller = BudgetController(
         budget_mj=budget_mj,
         aggressive_mj=energies["aggressive"],
@@ -230,7 +231,7 @@ def _budget_plan(policy: Policy, budget_mj: float, manifest: Manifest, runtime: 
             f"to {controller.cheapest_mj:.4g} mJ a sample, mild alone takes "
             f"{energies['mild']:.4g} mJ; {_list_rows(manifest, runtime)}"
         )
-    return Plan(policy=policy, points=points, controller=controller)
+    return Plan(policy=policy, points=tuple(points), controller=controller)
 
 
 def _list_rows(manifest: Manifest, runtime: str) -> str:

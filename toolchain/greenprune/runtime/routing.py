@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +19,7 @@ from greenprune.runtime.policy import Point
 from greenprune.runtime.selector import decide
 
 Mask = NDArray[np.bool_]
+Outputs = dict[str, NDArray[Any]]
 
 
 class Router:
@@ -77,20 +77,10 @@ class Router:
 
     def _ask_aggressive(self, outcome: Outcome, threshold: float, inputs: Inputs) -> None:
         """Its answers and scores; ``accepted`` stays None where nothing came."""
-        if self.breaker.is_open:
-            with self._lock:
-                allowed = self.breaker.allows(perf_counter())
-            if not allowed:
-                outcome.fail(len(inputs), "the aggressive network failed too often and rests")
-                return
-        outcome.aggressive_ran = True
-        try:
-            outputs = self._networks.get("aggressive").run(inputs)
-            scores = _checked_scores(outputs, len(inputs))
-        except Exception as error:  # whatever the runtime raises, mild can still answer
-            outcome.fail(len(inputs), f"the aggressive network failed: {error}")
-            self._record(fault=True)
+        outputs = self._run_aggressive(outcome, inputs)
+        if outputs is None:
             return
+        scores = outputs[SCORE]
         outcome.outputs, outcome.scores = outputs, scores
         outcome.accepted = decide(scores, threshold)
         outcome.sure = int(np.count_nonzero(outcome.accepted))
@@ -102,6 +92,24 @@ class Router:
             outcome.faulty = unscored
             outcome.reasons.append((unscored, "the score is not a number"))
         self._record(fault=bool(unscored.all()))
+
+    def _run_aggressive(self, outcome: Outcome, inputs: Inputs) -> Outputs | None:
+        """Its outputs, which the caller records; None, recorded, where it rests or fails."""
+        if self.breaker.is_open:
+            with self._lock:
+                allowed = self.breaker.allows(perf_counter())
+            if not allowed:
+                outcome.fail(len(inputs), "the aggressive network failed too often and rests")
+                return None
+        outcome.aggressive_ran = True
+        try:
+            outputs = self._networks.get("aggressive").run(inputs)
+            _check_scores(outputs, len(inputs))
+        except Exception as error:  # whatever the runtime raises, mild can still answer
+            outcome.fail(len(inputs), f"the aggressive network failed: {error}")
+            self._record(fault=True)
+            return None
+        return outputs
 
     def _record(self, *, fault: bool) -> None:
         if fault or not self.breaker.untroubled:
@@ -115,18 +123,19 @@ class Router:
             outcome.accepted = np.zeros(len(inputs), dtype=np.bool_)
         refused = ~outcome.accepted
         count = len(inputs) - outcome.sure
-        if not alone and not self._fits(count, due):
+        if not alone and not (self._fits(count, due) or self._tries(due)):
             reason = "too little time was left before the deadline to run the mild network"
-            self._stand_in(outcome, inputs, refused, reason)
-            return
+            if self._stand_in(outcome, inputs, refused, reason):
+                return
+            alone = True
         outcome.mild_ran = refused
         try:
             answers = self.run_mild(inputs[refused] if outcome.sure else inputs, due)
         except Exception as error:
-            if alone or not self._degrades:
+            reason = f"the mild network failed: {error}"
+            if alone or not self._degrades or not self._stand_in(outcome, inputs, refused, reason):
                 raise
             outcome.faulty = refused if outcome.faulty is None else outcome.faulty | refused
-            self._stand_in(outcome, inputs, refused, f"the mild network failed: {error}")
             return
         if not outcome.sure:
             outcome.outputs = answers
@@ -135,14 +144,19 @@ class Router:
         for name, output in outcome.outputs.items():
             output[refused] = answers[name]
 
-    def _stand_in(self, outcome: Outcome, inputs: Inputs, refused: Mask, reason: str) -> None:
-        """The aggressive network's answers to all, those that it was not sure of flagged."""
-        if not outcome.outputs:
-            outcome.outputs = self._networks.get("aggressive").run(inputs)
-            outcome.aggressive_ran = True
+    def _stand_in(self, outcome: Outcome, inputs: Inputs, refused: Mask, reason: str) -> bool:
+        """The aggressive network's answers to all, those that it was not sure of flagged; False
+        where it has none."""
+        if not outcome.outputs:  # not asked yet: nothing was to be accepted
+            outputs = self._run_aggressive(outcome, inputs)
+            if outputs is None:
+                return False
+            self._record(fault=bool(np.isnan(outputs[SCORE]).all()))
+            outcome.outputs = outputs
         outcome.accepted = np.ones(len(inputs), dtype=np.bool_)
         outcome.degraded = refused
         outcome.reasons.append((refused, reason))
+        return True
 
     def _audit(self, outcome: Outcome, inputs: Inputs, due: float | None) -> None:
         """Run mild on a few accepted samples; the answers stay the aggressive network's."""
@@ -163,7 +177,7 @@ class Router:
         name = next(iter(answers))
         differ = answers[name].argmax(axis=1) != outcome.outputs[name][places].argmax(axis=1)
         outcome.audited = len(places)
-        outcome.disagreed = int(np.count_nonzero(differ.reshape(len(places), -1).any(axis=1)))
+        outcome.disagreed = int(np.count_nonzero(differ))
         outcome.mild_ran = ~accepted
         outcome.mild_ran[places] = True
 
@@ -171,13 +185,19 @@ class Router:
         """Whether there is time to run mild."""
         if due is None:
             return True
+        with self._lock:
+            return self._mild_latency.fits(samples, due - perf_counter())
+
+    def _tries(self, due: float | None) -> bool:
+        """Whether this call is the one to try whether mild is still too slow."""
+        if due is None:
+            return False
         now = perf_counter()
         with self._lock:
-            return self._mild_latency.fits(samples, due - now, now)
+            return self._mild_latency.tries(due - now, now)
 
 
-def _checked_scores(outputs: Mapping[str, NDArray[Any]], samples: int) -> NDArray[Any]:
-    scores = outputs[SCORE]
-    if scores.shape != (samples,):
-        raise BundleError(f"its score has shape {list(scores.shape)}, not {[samples]}")
-    return scores
+def _check_scores(outputs: Outputs, samples: int) -> None:
+    shape = outputs[SCORE].shape
+    if shape != (samples,):
+        raise BundleError(f"its score has shape {list(shape)}, not {[samples]}")
