@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -127,7 +129,7 @@ def test_two_measurements_never_overlap(
     monkeypatch.setattr(protocol, "say", lambda text: waiting.set())
 
     def second() -> None:
-        with protocol._one_at_a_time():
+        with protocol.one_at_a_time():
             inside.set()
 
     with filelock.FileLock(tmp_path / "greenprune-bench.lock"):
@@ -172,3 +174,18 @@ def test_measuring_loads_no_torch() -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_network_that_answers_otherwise_here_is_not_measured(tiny_bundle: Path) -> None:
+    """As an engine that was built wrongly on the device would."""
+    other = np.load(tiny_bundle / "samples/dense_logits.npy")[:, ::-1].copy()
+    path = tiny_bundle / "samples/mild_logits.npy"
+    np.save(path, other)
+    content = path.read_bytes()
+    manifest = tiny_bundle / "manifest.json"
+    plain = json.loads(manifest.read_text())
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    plain["files"]["samples/mild_logits.npy"] = entry
+    manifest.write_text(json.dumps(plain))
+    with pytest.raises(MeasurementError, match=r"mild on onnxruntime: its answers to 8 samples"):
+        bench(tiny_bundle, runtimes=["onnxruntime"], threads=1, meter="none")

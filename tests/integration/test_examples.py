@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,16 @@ Draw = Callable[[int, int], tuple[Any, Any]]
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy_examples"
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
+
+
+def load(path: Path) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def watch(*arguments: Any) -> tuple[int, list[dict[str, Any]], str]:
@@ -55,15 +69,61 @@ def test_a_folder_of_frames(tiny_bundle: Path, draw_tiny: Draw, tmp_path: Path) 
 
     assert status == 1, errors
     summary = answers.pop()["summary"]
-    assert answers.pop(5) == {"frame": 5, "error": "not readable"}
+    numbers = [answer["frame"] for answer in answers]
+    assert numbers == sorted(set(numbers)), "an answer came twice or out of turn"
+    assert answers.pop(numbers.index(5)) == {"frame": 5, "error": "not readable"}
     names = bundle.open_bundle(tiny_bundle).manifest.class_names
     told = {answer["frame"]: answer["label"] for answer in answers}
     right = [told[frame] == names[targets[frame]] for frame in told]
     assert np.mean(right) >= 0.8, "the frames were cut or coloured wrongly"
     assert summary["answered"] == len(told)
+    assert summary["frames"] == 12
     assert summary["answered"] + summary["dropped"] == 11
     assert (summary["failed"], summary["late"]) == (1, 0)
     assert sum(summary["routes"].values()) == summary["answered"]
+
+
+def test_answers_are_printed_as_they_come_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame 1 is not readable while frame 0 is in work, and frame 3 is dropped."""
+    camera_loop = load(EXAMPLES / "camera_loop.py")
+    lines: list[dict[str, Any]] = []
+    printed, pending = threading.Semaphore(0), []
+
+    def note(line: str, **_: Any) -> None:
+        lines.append(json.loads(line))
+        printed.release()
+
+    def take(names: Any, feeds: Any, callback: Any, number: Any) -> bool:
+        if not pending:
+            pending.append(lambda: callback([np.zeros((1, 2))], number, None))
+            return True
+        return False
+
+    def camera() -> Iterator[Any]:
+        frame = np.zeros((4, 4, 3), np.uint8)
+        yield frame
+        yield None
+        assert lines == []
+        pending.pop()()
+        assert printed.acquire(timeout=20), "frame 0 is not told before the stream ends"
+        yield frame
+        yield frame
+        pending.pop()()
+
+    session = SimpleNamespace(
+        class_names=("yes", "no"),
+        get_inputs=lambda: [SimpleNamespace(name="input", shape=["batch", 1, 4, 4])],
+        preprocess=lambda image: image,
+        run_async=take,
+    )
+    monkeypatch.setattr(camera_loop, "print", note, raising=False)
+
+    assert camera_loop.watch(session, camera(), 1e6, cv2) == (4, 1)
+    assert lines == [
+        {"frame": 0, "label": "yes"},
+        {"frame": 1, "error": "not readable"},
+        {"frame": 2, "label": "yes"},
+    ]
 
 
 def test_a_video_faster_than_the_networks(
@@ -85,6 +145,31 @@ def test_a_video_faster_than_the_networks(
     assert summary["answered"] + summary["dropped"] == 300
     numbers = [answer["frame"] for answer in answers]
     assert numbers == sorted(set(numbers)), "an answer came twice or out of turn"
+
+
+@pytest.mark.parametrize("app", ["camera_loop.py", "classify_folder.py"])
+def test_a_bundle_without_preprocessing_is_one_message(
+    app: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle.update_manifest(tiny_bundle, {"preprocessing": None})
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((16, 16), np.uint8))
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / app, tiny_bundle, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "states no preprocessing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "fast"])
+def test_a_rate_that_no_camera_has_is_refused(rate: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    status, answers, errors = watch(tiny_bundle, tmp_path, f"--fps={rate}")
+    assert (status, answers) == (2, [])
+    assert "--fps" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("what", ["empty folder", "no video", "no bundle"])
@@ -168,13 +253,33 @@ def test_the_service_classifies_and_its_dial_turns(
         assert back["threshold"] == 0.5
 
 
+def text_bomb() -> bytes:
+    """A small PNG with 5 MB of compressed text."""
+    image = pytest.importorskip("PIL.Image")
+    from PIL.PngImagePlugin import PngInfo
+
+    text, file = PngInfo(), io.BytesIO()
+    text.add_text("comment", "x" * (5 << 20), zip=True)
+    image.new("L", (16, 16)).save(file, "PNG", pnginfo=text)
+    return file.getvalue()
+
+
+TEXT_BOMB = text_bomb()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "words"),
     [
         ("POST", "/classify", b"no image", 415, "PNG or JPEG"),
         ("POST", "/classify", b"", 415, "PNG or JPEG"),
         ("POST", "/classify", b"0" * (9 << 20), 413, "at most 8388608 bytes"),
+        ("POST", "/classify", TEXT_BOMB, 415, "PNG or JPEG"),
         ("PUT", "/policy", b"not json", 400, "max_accuracy_loss"),
+        ("PUT", "/policy", b"[" * 900, 400, "max_accuracy_loss"),
+        ("PUT", "/policy", b"[" * 200_000, 413, "at most 1024 bytes"),
+        ("PUT", "/policy", b'{"max_accuracy_loss": 1' + b"0" * 400 + b"}", 409, "finite number"),
+        ("GET", "/policy", b"", 405, "Method Not Allowed"),
+        ("GET", "/nothing", b"", 404, "Not Found"),
         ("PUT", "/policy", b'{"threshold": 0.1}', 400, "max_accuracy_loss"),
         ("PUT", "/policy", b'{"max_accuracy_loss": 0.001}', 409, "5.00 points: certified"),
         ("PUT", "/policy", b'{"max_accuracy_loss": "much"}', 409, "finite number"),
@@ -189,6 +294,24 @@ def test_the_service_refuses_in_plain_words_and_goes_on(
     assert reply.status_code == status
     assert words in reply.json()["error"]
     assert httpx.get(service + "/dial").json()["policy"] == before
+
+
+@pytest.mark.parametrize("error", [OSError("no more memory"), RuntimeError("out of luck")])
+def test_a_network_that_fails_is_no_bad_image(
+    error: Exception, tiny_bundle: Path, draw_tiny: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    testclient = pytest.importorskip("starlette.testclient")
+    monkeypatch.setenv("GREENPRUNE_BUNDLE", str(tiny_bundle))
+    service = load(EXAMPLES / "http_service" / "service.py")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    with testclient.TestClient(service.app, raise_server_exceptions=False) as client:
+        monkeypatch.setattr(service.app.state.session, "run_with_info", fail)
+        reply = client.post("/classify", content=encoded(draw_tiny(1, 5)[0][0]))
+    assert reply.status_code == 500
+    assert reply.json() == {"error": "the service failed; its log says why"}
 
 
 def test_the_page_turns_the_dial_in_a_browser(

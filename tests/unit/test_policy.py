@@ -231,6 +231,7 @@ def test_the_threshold_in_force_depends_on_earlier_calls_alone(
     """Whatever the call's own scores are: two sessions with the same past, and different ones."""
     generator = np.random.default_rng(seed)
     policy, past = Policy(energy_budget_mj=budget), generator.random((40, 4))
+    chosen = set()
     for scores in (np.zeros(4), np.full(4, 0.99), generator.random(4)):
         session = AdaptiveSession(dialled, policy=policy, drift=None)
         before: list[float | None] = []
@@ -242,8 +243,8 @@ def test_the_threshold_in_force_depends_on_earlier_calls_alone(
         for each, info in zip((*past, scores), infos, strict=True):
             accepted = decide(np.float32(each), info.threshold)
             assert info.routes == tuple("aggressive" if yes else "mild" for yes in accepted)
-        first = before if scores.max() == 0 else first
-        assert before == first
+        chosen.add(tuple(before))
+    assert len(chosen) == 1
 
 
 def test_a_policy_changes_between_calls_and_never_within_one(

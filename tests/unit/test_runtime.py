@@ -319,7 +319,7 @@ def test_an_error_in_the_books_does_not_hang_closing(
 def test_latencies_are_sorted_while_calls_go_on(
     tiny_bundle: Path, fakes: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = AdaptiveSession(tiny_bundle, policy=at(0.5))
+    session = AdaptiveSession(tiny_bundle, policy=at(0.5), drift=None)
     for _ in range(100):
         session.run(None, {"input": batch([0.9])})
     locked: list[bool] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from greenprune.progress import progress
 from greenprune.registry import Runner, load_target
 from greenprune.runtime.networks import SCORE
 from greenprune.runtime.preprocessing import preprocess
+from greenprune.runtime.runners import check_bundled
 from greenprune.runtime.selector import decide
 from greenprune_calibration import certificate
 
@@ -122,6 +123,7 @@ def certify_bundle(path: Path | str, *, threads: int = 0) -> Manifest:
     Raises:
         BundleError: the bundle is damaged, or carries no certification images.
         TargetError: this machine is none of the target's, or the runtime refuses an artifact.
+        ExportError: a network does not answer here what it answered to the host.
     """
     opened = bundle.open_bundle(path)
     manifest = opened.manifest
@@ -140,6 +142,9 @@ def certify_bundle(path: Path | str, *, threads: int = 0) -> Manifest:
             f"{platform.machine()}; run greenprune-bench --certify on the device"
         )
     artifacts = {variant: opened.artifact(variant, manifest.runtime) for variant in VARIANTS}
+    for variant, artifact in artifacts.items():
+        with closing(target.open(artifact, manifest.runtime, threads)) as runner:
+            check_bundled(opened, variant, manifest.runtime, runner)
     batches = _prepared(opened.read_array(plan.inputs), manifest.preprocessing)
     found = answers(
         lambda artifact: target.open(artifact, manifest.runtime, threads), artifacts, batches

@@ -27,6 +27,8 @@ from greenprune.errors import GreenpruneError, MeasurementError
 from greenprune.harness.presets import Preset
 from greenprune.harness.statistics import summarise
 from greenprune.meters import Meter, open_meter
+from greenprune.registry import Runner
+from greenprune.runtime.runners import check_bundled
 
 Array = NDArray[np.float32]
 STEADY_WITHIN = 0.05
@@ -53,15 +55,18 @@ class Worker:
         if request["variant"] == "pair":
             self._open_pair(opened, runtime, threads)
         else:
-            artifact = opened.artifact(request["variant"], runtime)
-            self._open_single(opened.manifest.target, artifact, runtime, threads)
+            variant = request["variant"]
+            artifact = opened.artifact(variant, runtime)
+            runner = self._open_single(opened.manifest.target, artifact, runtime, threads)
+            check_bundled(opened, variant, runtime, runner)
 
-    def _open_single(self, target: str, artifact: Path, runtime: str, threads: int) -> None:
+    def _open_single(self, target: str, artifact: Path, runtime: str, threads: int) -> Runner:
         from greenprune.registry import load_target
 
         runner = load_target(target).open(artifact, runtime, threads)
         self.infer = runner.run
         self.answer = lambda image: runner.run(image)["logits"]
+        return runner
 
     def _open_pair(self, opened: bundles.Bundle, runtime: str, threads: int) -> None:
         from greenprune.runtime import AdaptiveSession

@@ -33,7 +33,7 @@ def positive(name: str, value: object) -> float:
 
 def whole(name: str, value: object, least: int) -> int:
     """A whole number, at least ``least``."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= least:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
         return int(value)
     raise BundleError(f"{name} = {value!r:.60}: expected a whole number, at least {least}")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Route = Literal["aggressive", "mild", "dense"]
 ROUTES: tuple[Route, ...] = get_args(Route)
+ANY_LOSS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,8 @@ class Policy:
                 f"policy: route = {self.route!r}: expected None or one of {', '.join(ROUTES)}"
             )
         if not isinstance(self.allow_uncertified, bool):
-            raise BundleError(
-                f"policy: allow_uncertified = {self.allow_uncertified!r:.60}: expected True or False"
-            )
+            found = f"allow_uncertified = {self.allow_uncertified!r:.60}"
+            raise BundleError(f"policy: {found}: expected True or False")
         asked = [name for name in (*named, "route") if getattr(self, name) is not None]
         if len(asked) > 1 and set(asked) != {"max_accuracy_loss", "energy_budget_mj"}:
             raise BundleError(
@@ -120,11 +120,12 @@ def make_plan(policy: Policy, manifest: Manifest, runtime: str) -> Plan:
     if policy.threshold is None:
         loss, threshold = manifest.certification.operating_loss, manifest.selector.threshold
         return Plan(policy=policy, points=(_point(threshold, loss, manifest, runtime),))
-    point = _point(policy.threshold, 1.0, manifest, runtime)
+    point = _point(policy.threshold, ANY_LOSS, manifest, runtime)
     if not (point.certified or policy.allow_uncertified):
         raise BundleError(
-            f"policy: threshold = {policy.threshold} is not certified for {manifest.setting(runtime)}; "
-            f"expected that of a certified row, or allow_uncertified=True; "
+            f"policy: threshold = {policy.threshold} is not certified for "
+            f"{manifest.setting(runtime)}; expected that of a certified row, or "
+            f"allow_uncertified=True; "
             f"{_list_rows(manifest, runtime)}"
         )
     return Plan(policy=policy, points=(point,))
@@ -209,7 +210,7 @@ def _budget_plan(policy: Policy, budget_mj: float, manifest: Manifest, runtime: 
             "policy: energy_budget_mj moves among certified rows only; expected it without "
             "allow_uncertified"
         )
-    loss = 1.0
+    loss = ANY_LOSS
     if policy.max_accuracy_loss is not None:
         loss = _row_for(policy, policy.max_accuracy_loss, manifest, runtime).max_accuracy_loss
     thresholds = [

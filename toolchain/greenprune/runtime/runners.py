@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from greenprune.bundle import Bundle
 from greenprune.errors import ExportError
 from greenprune.registry import Runner, Target, split_runtime
 
@@ -41,6 +42,24 @@ class Parity:
     agreement: float
 
 
+def check_bundled(opened: Bundle, variant: str, runtime: str, runner: Runner) -> Parity:
+    """Compare a bundle's network, open on this machine, with what the host's network answered.
+
+    Raises:
+        ExportError: as :func:`verify_artifact`.
+        BundleError: the samples are damaged.
+    """
+    manifest = opened.manifest
+    references = manifest.variants[variant].reference_outputs
+    return check_answers(
+        runner,
+        runtime,
+        opened.read_array(manifest.samples.reference_input),
+        {name: opened.read_array(path) for name, path in references.items()},
+        f"{opened.path}: {variant} on {runtime}",
+    )
+
+
 def verify_artifact(
     target: Target,
     artifact: Path,
@@ -66,16 +85,27 @@ def verify_artifact(
             how much.
         TargetError: the runtime refuses the artifact.
     """
-    tolerance = TOLERANCES[split_runtime(runtime)[1]]
-    where = f"{artifact} on {runtime}"
     runner = target.open_on_host(artifact, runtime, threads)
     try:
-        parities = [
-            _compare(runner, reference_input[:count], reference_outputs, tolerance, where)
-            for count in (len(reference_input), 1)
-        ]
+        where = f"{artifact} on {runtime}"
+        return check_answers(runner, runtime, reference_input, reference_outputs, where)
     finally:
         runner.close()
+
+
+def check_answers(
+    runner: Runner,
+    runtime: str,
+    reference_input: NDArray[np.float32],
+    reference_outputs: Mapping[str, NDArray[np.float32]],
+    where: str,
+) -> Parity:
+    """:func:`verify_artifact` of one that is open; ``where`` stands in messages."""
+    tolerance = TOLERANCES[split_runtime(runtime)[1]]
+    parities = [
+        _compare(runner, reference_input[:count], reference_outputs, tolerance, where)
+        for count in (len(reference_input), 1)
+    ]
     return Parity(
         largest_difference=max(parity.largest_difference for parity in parities),
         agreement=min(parity.agreement for parity in parities),

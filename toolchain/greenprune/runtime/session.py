@@ -6,7 +6,6 @@ the mild network answers instead. The worst case costs both.
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenprune.errors import BundleError, DataError
+from greenprune.runtime import checks, preprocessing
 from greenprune.runtime import policy as policies
-from greenprune.runtime import preprocessing
 from greenprune.runtime.drift import DriftGuard, DriftMonitor
 from greenprune.runtime.feeds import Feeds, Interface, NodeArg, node
-from greenprune.runtime.networks import Networks
+from greenprune.runtime.networks import CLOSED, Networks
 from greenprune.runtime.outcome import Outcome, RunInfo, estimate_mj
 from greenprune.runtime.policy import NOTHING, Plan, Point, Policy
 from greenprune.runtime.routing import Router
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 Callback = Callable[[list[NDArray[Any]] | None, Any, BaseException | None], None]
 WARMUP_RUNS = 10
 GUARD = DriftGuard()
-CLOSED = "the session is closed; open a new AdaptiveSession"
 
 
 class AdaptiveSession:
@@ -96,22 +94,24 @@ class AdaptiveSession:
     ) -> None:
         from greenprune import bundle  # here, so that importing the runtime is quick
 
-        _one_of("mild", mild, ("resident", "lazy"))
-        _one_of("on_fault", on_fault, ("raise", "degrade"))
-        _positive("deadline_ms", deadline_ms)
-        for name, value in (
-            ("breaker_faults", breaker_faults),
-            ("breaker_seconds", breaker_seconds),
-            ("max_pending", max_pending),
-        ):
-            _positive(name, value)
+        lazy = checks.one_of("mild", mild, ("resident", "lazy")) == "lazy"
+        degrades = checks.one_of("on_fault", on_fault, ("raise", "degrade")) == "degrade"
+        if deadline_ms is not None:
+            deadline_ms = checks.positive("deadline_ms", deadline_ms)
+        breaker_faults = checks.whole("breaker_faults", breaker_faults, least=1)
+        breaker_seconds = checks.positive("breaker_seconds", breaker_seconds)
+        max_pending = checks.whole("max_pending", max_pending, least=1)
+        threads = checks.whole("threads", threads, least=0)
+        if drift is not None and not isinstance(drift, DriftGuard):
+            raise BundleError(f"drift = {drift!r:.60}: expected a DriftGuard, or None")
         opened = bundle.open_bundle(bundle_path)
         self._manifest = manifest = opened.manifest
         self.runtime = runtime or manifest.runtime
         self._interface = Interface(manifest)
         self._energies_mj = policies.energies_mj(manifest, self.runtime)
         self._provenance = policies.provenance(manifest) if self._energies_mj else None
-        self._lazy, self._deadline_ms = mild == "lazy", deadline_ms
+        self._lazy, self._deadline_ms = lazy, deadline_ms
+        self._stands_in = degrades or deadline_ms is not None
         self._on_drift, self._max_pending = on_drift, max_pending
         self._lock = threading.Lock()  # of all that follows
         self._idle = threading.Condition(self._lock)
@@ -123,13 +123,13 @@ class AdaptiveSession:
         self._networks = Networks(opened, self.runtime, threads)
         self._router = Router(
             self._networks,
-            degrades=on_fault == "degrade",
+            degrades=degrades,
             breaker_faults=breaker_faults,
             breaker_seconds=breaker_seconds,
             monitor=self._monitor,
             lock=self._lock,
         )
-        self._plan = self._prepare(policy or Policy())
+        self._plan = self._prepare(Policy() if policy is None else policy)
 
     @property
     def policy(self) -> Policy:
@@ -167,26 +167,28 @@ class AdaptiveSession:
     def statistics(self) -> Statistics:
         """Counts since the session was opened, taken together at one moment."""
         with self._lock:
-            counts, controller = self._counters, self._plan.controller
-            p50, p99 = counts.latency_ms()
-            return Statistics(
-                calls=counts.calls,
-                routes=dict(counts.routes),
-                faults=counts.faults,
-                degraded=counts.degraded,
-                late=counts.late,
-                failed=counts.failed,
-                dropped=counts.dropped,
-                audits=counts.audits,
-                disagreements=counts.disagreements,
-                drift=self._alarm(),
-                breaker_open=self._router.breaker.is_open,
-                over_budget=controller is not None and controller.out_of_reach,
-                energy_mj=estimate_mj(counts.ran, self._energies_mj) if self._energies_mj else None,
-                energy_provenance=self._provenance,
-                latency_p50_ms=p50,
-                latency_p99_ms=p99,
-            )
+            counts, controller = self._counters.copy(), self._plan.controller
+            alarm, breaker_open = self._alarm(), self._router.breaker.is_open
+            over_budget = controller is not None and controller.out_of_reach
+        p50, p99 = counts.latency_ms()
+        return Statistics(
+            calls=counts.calls,
+            routes=counts.routes,
+            faults=counts.faults,
+            degraded=counts.degraded,
+            late=counts.late,
+            failed=counts.failed,
+            dropped=counts.dropped,
+            audits=counts.audits,
+            disagreements=counts.disagreements,
+            drift=alarm,
+            breaker_open=breaker_open,
+            over_budget=over_budget,
+            energy_mj=estimate_mj(counts.ran, self._energies_mj) if self._energies_mj else None,
+            energy_provenance=self._provenance,
+            latency_p50_ms=p50,
+            latency_p99_ms=p99,
+        )
 
     def get_inputs(self) -> list[NodeArg]:
         """As ONNX Runtime's: name, shape and type of the input."""
@@ -214,15 +216,15 @@ class AdaptiveSession:
     def run(
         self,
         output_names: Sequence[str] | None,
-        feeds: Feeds,
+        input_feed: Feeds,
         *,
         deadline_ms: float | None = None,
     ) -> list[NDArray[Any]]:
-        """As ONNX Runtime's: the outputs asked for (None: all), for feeds of the one input.
+        """As ONNX Runtime's: the outputs asked for (None or none: all), for the one input.
 
         Args:
             output_names: as in :meth:`get_outputs`.
-            feeds: the input's name to float32 [N, C, H, W], N >= 1, finite.
+            input_feed: the input's name to float32 [N, C, H, W], N >= 1, finite.
             deadline_ms: of this call; None: the session's.
 
         Raises:
@@ -233,20 +235,20 @@ class AdaptiveSession:
         """
         start = perf_counter()
         names = self._interface.names(output_names)
-        outputs = self._call(self._interface.checked(feeds), start, deadline_ms).outputs
+        outputs = self._call(self._interface.checked(input_feed), start, deadline_ms).outputs
         return [outputs[name] for name in names]
 
     def run_with_info(
         self,
         output_names: Sequence[str] | None,
-        feeds: Feeds,
+        input_feed: Feeds,
         *,
         deadline_ms: float | None = None,
     ) -> tuple[list[NDArray[Any]], RunInfo]:
         """:meth:`run`, and what happened to each sample."""
         start = perf_counter()
         names = self._interface.names(output_names)
-        inputs = self._interface.checked(feeds)
+        inputs = self._interface.checked(input_feed)
         outcome = self._call(inputs, start, deadline_ms)
         info = outcome.info(len(inputs), self._energies_mj, self._provenance)
         return [outcome.outputs[name] for name in names], info
@@ -254,7 +256,7 @@ class AdaptiveSession:
     def run_async(
         self,
         output_names: Sequence[str] | None,
-        feeds: Feeds,
+        input_feed: Feeds,
         callback: Callback,
         user_data: Any = None,
         *,
@@ -280,11 +282,11 @@ class AdaptiveSession:
 
         start = perf_counter()
         names = self._interface.names(output_names)
-        inputs = self._interface.checked(feeds)
+        inputs = self._interface.checked(input_feed)
         self._due(start, deadline_ms)
 
         def work() -> list[NDArray[Any]]:
-            outputs = self._call(inputs, start, deadline_ms).outputs
+            outputs = self._call(inputs, start, deadline_ms, taken=True).outputs
             return [outputs[name] for name in names]
 
         with self._lock:
@@ -326,14 +328,14 @@ class AdaptiveSession:
 
         Args:
             cancel_pending: calls of :meth:`run_async` that have not begun get an error instead of
-                an answer.
+                an answer; always so where one of their callbacks closes the session.
         """
         with self._lock:
+            self._closed = True
             calls = self._async
         if calls is not None:
             calls.close(cancel=cancel_pending)
         with self._lock:
-            self._closed = True
             self._idle.wait_for(lambda: not self._running)
         self._networks.close()
 
@@ -349,10 +351,15 @@ class AdaptiveSession:
         self.close()
 
     def _call(
-        self, inputs: NDArray[np.float32], start: float, deadline_ms: float | None
+        self,
+        inputs: NDArray[np.float32],
+        start: float,
+        deadline_ms: float | None,
+        *,
+        taken: bool = False,
     ) -> Outcome:
         due = self._due(start, deadline_ms)
-        plan, point = self._enter()
+        plan, point = self._enter(taken=taken)
         outcome: Outcome | None = None
         alarmed = False
         try:
@@ -364,20 +371,23 @@ class AdaptiveSession:
         finally:
             now = perf_counter()
             with self._lock:
-                if outcome is None:
-                    self._counters.failed += 1
-                else:
-                    outcome.late = due is not None and now > due
-                    alarmed = self._learn(plan, outcome, len(inputs), now - start)
-                self._leave()
+                try:
+                    if outcome is None:
+                        self._counters.failed += 1
+                    else:
+                        outcome.late = due is not None and now > due
+                        alarmed = self._learn(plan, outcome, len(inputs), now - start)
+                finally:
+                    self._leave()
         if alarmed:
             self._tell_drift(str(outcome.drift))
         return outcome
 
-    def _enter(self) -> tuple[Plan, Point]:
-        """The plan and point of a call that begins now; close() waits for it."""
+    def _enter(self, *, taken: bool = False) -> tuple[Plan, Point]:
+        """The plan and point of a call that begins now, or was ``taken`` before the session began
+        to close; close() waits for it."""
         with self._lock:
-            if self._closed:
+            if self._closed and not taken:
                 raise BundleError(CLOSED)
             self._running += 1
             return self._plan, self._point(self._plan)
@@ -404,21 +414,23 @@ class AdaptiveSession:
         return alarmed
 
     def _tell_drift(self, reason: str) -> None:
-        if self._on_drift is None:
-            warnings.warn(reason, RuntimeWarning, stacklevel=4)
-            return
         try:
-            self._on_drift(reason)
+            if self._on_drift is None:
+                warnings.warn(reason, RuntimeWarning, stacklevel=4)
+            else:
+                self._on_drift(reason)
         except Exception:  # the call has its answer, which must not be lost
             import logging
 
-            logging.getLogger(__name__).exception("on_drift failed")
+            logging.getLogger(__name__).exception("nobody could be told: %s", reason)
 
     def _prepare(self, policy: Policy) -> Plan:
         """The plan of a policy, with the networks that it needs opened."""
+        if not isinstance(policy, Policy):
+            raise BundleError(
+                f"policy = {policy!r:.60}: expected a Policy, as in Policy(max_accuracy_loss=0.01)"
+            )
         plan = policies.make_plan(policy, self._manifest, self.runtime)
-        if self._closed:
-            raise BundleError(CLOSED)
         self._networks.open(self._needs(plan, lazy=self._lazy))
         return plan
 
@@ -426,20 +438,12 @@ class AdaptiveSession:
         """The networks to hold ready for a plan."""
         if plan.route is not None:
             return [plan.route]
-        scored = any(point.threshold is not None for point in plan.points)
-        return ["aggressive"] * scored + ["mild"] * (not lazy)
+        asked = self._stands_in or any(point.threshold is not None for point in plan.points)
+        return ["aggressive"] * asked + ["mild"] * (not lazy)
 
     def _due(self, start: float, deadline_ms: float | None) -> float | None:
-        _positive("deadline_ms", deadline_ms)
-        allowed = self._deadline_ms if deadline_ms is None else deadline_ms
-        return None if allowed is None else start + allowed / 1e3
-
-
-def _positive(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise BundleError(f"{name} = {value!r}: expected a number above 0")
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise BundleError(f"{name} = {value!r}: expected one of {', '.join(choices)}")
+        if deadline_ms is None:
+            deadline_ms = self._deadline_ms
+        else:
+            deadline_ms = checks.positive("deadline_ms", deadline_ms)
+        return None if deadline_ms is None else start + deadline_ms / 1e3
