@@ -4,21 +4,23 @@
     python camera_loop.py digits.bundle clip.avi
 
 Frames come from a folder of PNG and JPEG files, in the order of their names, or from a video file,
-at ``--fps`` as a camera would give them. One JSON object a line: the frame and its answer, in the
-order of the frames; the last line is the summary. Where the deadline leaves no time for the mild
-network, the aggressive one's answer is given and counted as ``degraded``; a frame that arrives
-while the last one is still in work is dropped.
+at ``--fps`` as a camera would give them. One JSON object a line: the frame and its answer, as they
+come and in the order of the frames; the last line is the summary. Where the deadline leaves no time
+for the mild network, the aggressive one's answer is given and counted as ``degraded``; a frame that
+arrives while the last one is still in work is dropped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import queue
+import math
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from greenprune.runtime import AdaptiveSession
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 Frame = NDArray[np.uint8]
+Answer = dict[str, Any]
 
 
 def main() -> int:
@@ -36,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Classify frames as a camera gives them.")
     parser.add_argument("bundle", type=Path, help="folder that greenprune-export wrote")
     parser.add_argument("frames", type=Path, help="folder of images, or a video file")
-    parser.add_argument("--fps", type=float, default=30.0, help="frames a second; default 30")
+    parser.add_argument("--fps", type=rate, default=30.0, help="frames a second; default 30")
     parser.add_argument("--deadline-ms", type=float, help="of each answer, from its frame on")
     options = parser.parse_args()
     try:
@@ -47,17 +50,17 @@ def main() -> int:
     try:
         # one frame in work, none waiting: the next answer is always about a new frame
         session = AdaptiveSession(options.bundle, deadline_ms=options.deadline_ms, max_pending=1)
-        frames = read_frames(options.frames, cv2)
+        with session:
+            frames = read_frames(options.frames, cv2)
+            session.warmup()
+            seen, failed = watch(session, frames, options.fps, cv2)
     except GreenpruneError as error:
         print(error, file=sys.stderr)
         return 2
 
-    with session:
-        session.warmup()
-        failed = watch(session, frames, options.fps, cv2)
     told = session.statistics
     summary = {
-        "frames": told.calls + told.failed + told.dropped,
+        "frames": seen,
         "answered": told.calls,
         "failed": failed,
         "dropped": told.dropped,
@@ -71,6 +74,18 @@ def main() -> int:
     }
     print(json.dumps({"summary": summary}))
     return 1 if failed else 0
+
+
+def rate(text: str) -> float:
+    """Frames a second.
+
+    Raises:
+        ValueError: no camera has it; argparse says so.
+    """
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
 
 
 def read_frames(place: Path, cv2: Any) -> Iterator[Frame | None]:
@@ -101,32 +116,50 @@ def _read_video(video: Any) -> Iterator[Frame]:
         video.release()
 
 
-def watch(session: AdaptiveSession, frames: Iterator[Frame | None], fps: float, cv2: Any) -> int:
-    """Hand every frame over at its time and print the answers; returns how many failed."""
-    answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    name = session.get_inputs()[0].name
+def watch(
+    session: AdaptiveSession, frames: Iterator[Frame | None], fps: float, cv2: Any
+) -> tuple[int, int]:
+    """Hand every frame over at its time and print the answers; returns how many frames came and
+    how many failed."""
+    answers: SimpleQueue[Future[Answer] | None] = SimpleQueue()
+    entry, seen = session.get_inputs()[0], 0
 
-    def deliver(outputs: list[NDArray[Any]] | None, number: int, error: Any) -> None:
+    def deliver(outputs: list[NDArray[Any]] | None, place: Any, error: Any) -> None:
+        number, answer = place
         if outputs is None:
-            answers.put({"frame": number, "error": str(error)})
+            answer.set_result({"frame": number, "error": str(error)})
             return
         label = session.class_names[int(np.argmax(outputs[0][0]))]
-        answers.put({"frame": number, "label": label})
+        answer.set_result({"frame": number, "label": label})
 
-    taken = failed = 0
-    begin = time.perf_counter()
-    for number, frame in enumerate(frames):
-        time.sleep(max(0.0, begin + number / fps - time.perf_counter()))
-        if frame is None:
-            answers.put({"frame": number, "error": "not readable"})
-            taken += 1
-            continue
-        prepared = session.preprocess(fit(frame, session.get_inputs()[0].shape, cv2))
-        taken += session.run_async(None, {name: prepared}, deliver, number)
-    for _ in range(taken):
-        answer = answers.get()
+    with ThreadPoolExecutor(1) as printer:
+        failed = printer.submit(tell, answers)
+        begin = time.perf_counter()
+        try:
+            for number, frame in enumerate(frames):
+                time.sleep(max(0.0, begin + number / fps - time.perf_counter()))
+                seen += 1
+                answer: Future[Answer] = Future()
+                if frame is None:
+                    answer.set_result({"frame": number, "error": "not readable"})
+                else:
+                    inputs = session.preprocess(fit(frame, entry.shape, cv2))
+                    place = (number, answer)
+                    if not session.run_async(None, {entry.name: inputs}, deliver, place):
+                        continue  # dropped
+                answers.put(answer)
+        finally:
+            answers.put(None)
+    return seen, failed.result()
+
+
+def tell(answers: SimpleQueue[Future[Answer] | None]) -> int:
+    """Print each answer once it is there, up to None; returns how many are errors."""
+    failed = 0
+    while (pending := answers.get()) is not None:
+        answer = pending.result()
         failed += "error" in answer
-        print(json.dumps(answer))
+        print(json.dumps(answer), flush=True)
     return failed
 
 

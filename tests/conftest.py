@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
+
+# what is compiled for this machine is kept per user: not the user's own cache
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="greenprune-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # a busy machine is no defect
 settings.register_profile("greenprune", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import os
 from collections.abc import AsyncIterator
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -37,7 +39,7 @@ from greenprune.errors import GreenpruneError
 from greenprune.runtime import AdaptiveSession, Policy
 
 PAGE = Path(__file__).parent / "dial.html"
-LARGEST_IMAGE = 8 << 20
+LARGEST_IMAGE, LARGEST_POLICY = 8 << 20, 1 << 10
 """Bytes of a request's body."""
 POLICY_KEYS = ("max_accuracy_loss", "energy_budget_mj", "route")
 
@@ -64,24 +66,27 @@ async def healthz(request: Request) -> Response:
 async def classify(request: Request) -> Response:
     """Classify the image in the body."""
     session: AdaptiveSession = request.app.state.session
-    body = b""
+    body = await read_body(request, LARGEST_IMAGE)
+    try:
+        image = await run_in_threadpool(decode, body, session.get_inputs()[0].shape)
+    except Exception:  # Pillow raises many kinds for damaged files
+        return refusal(415, "expected a PNG or JPEG image as the body")
+    return JSONResponse(await run_in_threadpool(answer, session, image))
+
+
+async def read_body(request: Request, largest: int) -> bytes:
+    """The body, no more than ``largest`` bytes of it."""
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > LARGEST_IMAGE:
-            return refusal(413, f"expected an image of at most {LARGEST_IMAGE} bytes")
-    try:
-        return JSONResponse(await run_in_threadpool(answer, session, body))
-    except (OSError, Image.DecompressionBombError):
-        return refusal(415, "expected a PNG or JPEG image as the body")
+        if len(body) > largest:
+            raise HTTPException(413, f"expected a body of at most {largest} bytes")
+    return bytes(body)
 
 
-def answer(session: AdaptiveSession, body: bytes) -> dict[str, Any]:
-    """The session's answer to an encoded image.
-
-    Raises:
-        OSError: it is no image.
-    """
-    inputs = session.preprocess(decode(body, session.get_inputs()[0].shape))
+def answer(session: AdaptiveSession, image: NDArray[np.uint8]) -> dict[str, Any]:
+    """The session's answer to an image of its size and channels."""
+    inputs = session.preprocess(image)
     (logits,), info = session.run_with_info(None, {session.get_inputs()[0].name: inputs})
     score = float(info.scores[0])
     return {
@@ -113,8 +118,8 @@ async def set_policy(request: Request) -> Response:
     """Turn the dial; calls in flight end under the policy that they began with."""
     session: AdaptiveSession = request.app.state.session
     try:
-        asked = await request.json()
-    except ValueError:
+        asked = json.loads(await read_body(request, LARGEST_POLICY))
+    except (ValueError, RecursionError):
         asked = None
     if not isinstance(asked, dict) or set(asked) - set(POLICY_KEYS):
         return refusal(400, f"expected a JSON object with some of {', '.join(POLICY_KEYS)}")
@@ -122,8 +127,6 @@ async def set_policy(request: Request) -> Response:
         await run_in_threadpool(setattr, session, "policy", Policy(**asked))  # may open a network
     except GreenpruneError as error:
         return refusal(409, str(error))
-    except TypeError as error:
-        return refusal(400, str(error))
     return JSONResponse(described(session))
 
 
@@ -141,6 +144,16 @@ def refusal(status: int, why: str) -> Response:
     return JSONResponse({"error": why}, status_code=status)
 
 
+def refused(request: Request, error: HTTPException) -> Response:
+    """Of an unknown path or method, or a body that is too large."""
+    return refusal(error.status_code, error.detail)
+
+
+def failed(request: Request, error: Exception) -> Response:
+    """Of what should not happen; uvicorn logs the traceback."""
+    return refusal(500, "the service failed; its log says why")
+
+
 app = Starlette(
     routes=[
         Route("/", page),
@@ -149,5 +162,6 @@ app = Starlette(
         Route("/dial", dial),
         Route("/policy", set_policy, methods=["PUT"]),
     ],
+    exception_handlers={HTTPException: refused, Exception: failed},
     lifespan=lifespan,
 )

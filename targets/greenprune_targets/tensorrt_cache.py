@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 from greenprune.errors import TargetError
 from greenprune.storage import sha256, sha256_of, storage_errors, write_bytes, write_json
+from greenprune_targets.base import user_cache
 from greenprune_targets.board import describe
 from greenprune_targets.cuda_runtime import cuda_runtime, current_gpu, free_bytes
 from greenprune_targets.tensorrt_engine import OUTPUT_TYPES, Built, build, tensorrt
@@ -64,9 +64,7 @@ def this_device(root: Path = Path("/")) -> DeviceKey:
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/greenprune/engines``, else under ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return home / "greenprune" / "engines"
+    return user_cache("engines")
 
 
 def engine_for(

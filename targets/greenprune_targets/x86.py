@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from greenprune.errors import MissingPackageError
 from greenprune.registry import Build, Capabilities, Runner
-from greenprune_targets import onnxruntime_cpu
+from greenprune_targets import onnxruntime_cpu, openvino_cache
 from greenprune_targets.base import BaseTarget, refusal
 
 OPENVINO_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
@@ -106,7 +106,8 @@ def _compile_model(artifact: Path, threads: int) -> Any:
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    return _core().compile_model(artifact, "CPU", settings)
+    version = _openvino().get_version()
+    return openvino_cache.compile_model(_core(), version, artifact, settings)
 
 
 def _quantise(model: Any, build: Build) -> Any:

@@ -1,0 +1,111 @@
+"""OpenVINO's compiled networks are kept for this machine, and never trusted blindly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openvino", reason="pip install 'greenprune[x86]'")
+
+from greenprune.bundle import open_bundle
+from greenprune.registry import load_target
+from greenprune_targets import x86
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache's folder, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "greenprune" / "openvino"
+
+
+@pytest.fixture
+def artifact(tiny_bundle: Path) -> Path:
+    return open_bundle(tiny_bundle).artifact("mild", "openvino")
+
+
+def answer(artifact: Path, inputs: Any) -> Any:
+    runner = load_target("x86").open(artifact, "openvino", 1)
+    return runner.run(inputs)["logits"]
+
+
+@pytest.fixture
+def inputs(tiny_bundle: Path) -> Any:
+    return open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")
+
+
+class Counting:
+    """OpenVINO's Core, with its compilations counted."""
+
+    def __init__(self) -> None:
+        self.real, self.compiled = x86._core(), 0
+
+    def compile_model(self, *arguments: Any) -> Any:
+        self.compiled += 1
+        return self.real.compile_model(*arguments)
+
+    def import_model(self, *arguments: Any) -> Any:
+        return self.real.import_model(*arguments)
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting()
+    monkeypatch.setattr(x86, "_core", lambda: counting)
+    return counting
+
+
+def test_a_second_opening_compiles_nothing(
+    kept: Path, artifact: Path, inputs: Any, core: Counting
+) -> None:
+    first = answer(artifact, inputs)
+    (blob,) = kept.iterdir()
+    np.testing.assert_array_equal(answer(artifact, inputs), first)
+    assert (core.compiled, list(kept.iterdir())) == (1, [blob])
+    load_target("x86").open(artifact, "openvino", 2)
+    assert core.compiled == 2, "other threads, another network"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "consistent rubbish"])
+def test_a_damaged_file_is_compiled_again(
+    kept: Path, artifact: Path, inputs: Any, core: Counting, damage: str
+) -> None:
+    import hashlib
+
+    first = answer(artifact, inputs)
+    (path,) = kept.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[-100] ^= 0xFF
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content = bytearray(hashlib.sha256(b"rubbish").hexdigest().encode() + b"rubbish")
+    path.write_bytes(content)
+    np.testing.assert_array_equal(answer(artifact, inputs), first)
+    assert core.compiled == 2
+    answer(artifact, inputs)
+    assert core.compiled == 2, "mended"
+
+
+def test_another_network_of_the_same_name_is_another_one(
+    kept: Path, tiny_bundle: Path, inputs: Any
+) -> None:
+    opened = open_bundle(tiny_bundle)
+    mild = answer(opened.artifact("mild", "openvino"), inputs)
+    dense = answer(opened.artifact("dense", "openvino"), inputs)
+    assert not np.array_equal(mild, dense)
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(
+    tmp_path: Path, artifact: Path, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert np.isfinite(answer(artifact, inputs)).all()
