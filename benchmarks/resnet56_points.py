@@ -45,12 +45,14 @@ class Point:
     params: float = 1.0
     width_multiple: int = 4
     keep_at_least: float = 0.1
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
+    features: float = 0.0
+    """As ``finetune.*.features``, for what is distilled."""
 
 
 POINTS = {
     "half": Point(macs=1 - 0.4745, params=1 - 0.4235),
-    "quarter": Point(macs=0.26, learning_rate=0.05),
+    "quarter": Point(macs=0.26, features=50.0),
 }
 
 
@@ -133,7 +135,9 @@ def schedule(point: Point, *, distilled: bool) -> TrainingSettings:
         "precision": "bf16",
     }
     if distilled:
-        return DistillationSettings(distillation=0.9, temperature=4.0, features=50.0, **settings)
+        return DistillationSettings(
+            distillation=0.9, temperature=4.0, features=point.features, **settings
+        )
     return TrainingSettings(**settings)
 
 
