@@ -185,7 +185,7 @@ def unknown_runtime(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def unavailable_precision(folder: Path) -> tuple[dict[str, str], list[str]]:
-    return {"compile": 'precision = "int8"'}, ["not available yet", "int8"]
+    return {"compile": 'precision = "fp16"'}, ["has no precision 'fp16'", "fp32, int8"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ STAGES = (
     "export",
     "calibrate",
     "compile-x86",
+    "race-x86",
     "certify-x86",
     "bundle-x86",
     "bench-x86",
@@ -65,7 +66,7 @@ def test_answer_has_what_the_design_promises(finished: Any) -> None:
 
 
 def test_stderr_tells_every_stage_in_order(finished: Any) -> None:
-    begun = re.findall(r"^\[(\d+)/14\] (\S+) …$", finished.stderr, re.MULTILINE)
+    begun = re.findall(r"^\[(\d+)/15\] (\S+) …$", finished.stderr, re.MULTILINE)
     assert begun == [(str(number), name) for number, name in enumerate(STAGES, start=1)]
 
 
@@ -156,7 +157,7 @@ def test_second_run_does_nothing_again(
     entered = (run / "ledger.jsonl").read_bytes()
     done = command("greenprune", "run", "--name", "digits", *schedule())
     assert done.returncode == 0, done.stderr
-    expected = [f"[{number}/14] {name}: complete" for number, name in enumerate(STAGES, start=1)]
+    expected = [f"[{number}/15] {name}: complete" for number, name in enumerate(STAGES, start=1)]
     assert done.stderr.splitlines() == expected
     assert stage_files(run) == before
     assert (run / "ledger.jsonl").read_bytes() == entered
