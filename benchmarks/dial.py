@@ -106,8 +106,8 @@ def answers(opened: Bundle, inputs: NDArray[np.float32]) -> dict[str, dict[str, 
     """What each deployed network answers: variant, output, [N, ...]."""
     target = load_target(opened.manifest.target)
     return certification.answers(
-        lambda artifact: target.open(artifact, RUNTIME, 0),
-        {name: opened.artifact(name, RUNTIME) for name in VARIANTS},
+        lambda variant: target.open(opened.artifact(variant, RUNTIME), RUNTIME, 0),
+        VARIANTS,
         (inputs[start : start + BATCH] for start in range(0, len(inputs), BATCH)),
     )
 

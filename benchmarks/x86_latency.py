@@ -19,6 +19,7 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greenprune import api, data, models, schema
-from greenprune.harness.presets import Preset
-from greenprune.harness.race import Race, race
+from greenprune.harness import race
 from greenprune.harness.statistics import paired_ratio
 from greenprune.onnx_export import export_onnx
 from greenprune.pruning.batchnorm import reestimate
@@ -44,15 +44,8 @@ IMAGES = 64
 CALIBRATION = 200
 RUNTIMES = ("onnxruntime", "openvino")
 PRECISIONS = ("fp32", "int8")
-PRESET = Preset(
-    name="x86_latency",
-    windows=15,
-    window_seconds=1.0,
-    warmup_seconds=1.0,
-    warmup_slice_seconds=0.2,
-    warmup_cap_seconds=10.0,
-    idle_seconds=0.0,
-    rest_seconds=0.0,
+PRESET = replace(
+    race.PRESET, windows=15, window_seconds=1.0, warmup_seconds=1.0, warmup_cap_seconds=10.0
 )
 MATRIX, PRODUCTS = 1024, 30
 
@@ -114,7 +107,7 @@ def one(
                 made = target.compile(graph, build, folder / key, variant)
                 artifacts.setdefault(key, {})[variant] = made
     np.save(folder / "inputs.npy", images[:IMAGES].numpy())
-    found = race("x86", artifacts, folder / "inputs.npy", threads=threads, preset=PRESET)
+    found = race.race("x86", artifacts, folder / "inputs.npy", threads=threads, preset=PRESET)
     reduction = costs["dense"] / costs["half"]
     return {
         "macs": costs,
@@ -130,7 +123,7 @@ def one(
     }
 
 
-def rows(racer: Any, reduction: float) -> dict[str, Any]:
+def rows(racer: race.Racer, reduction: float) -> dict[str, Any]:
     speedup = paired_ratio(racer.blocks_ms["dense"], racer.blocks_ms["half"], SEED)
     return {
         "latency_ms": schema.encode(racer.latency_ms),
@@ -139,7 +132,7 @@ def rows(racer: Any, reduction: float) -> dict[str, Any]:
     }
 
 
-def fastest(found: Race) -> str:
+def fastest(found: race.Race) -> str:
     """The runtime on which the pruned network is fastest."""
     return min(found.racers, key=lambda racer: racer.latency_ms["half"].value).runtime
 

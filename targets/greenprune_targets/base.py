@@ -31,6 +31,10 @@ class BaseTarget(ABC):
         """Those of the target's runtimes that are installed on this machine."""
         return tuple(runtime for runtime in self.capabilities.runtimes if find_spec(runtime))
 
+    def is_here(self) -> bool:
+        """Whether this machine has the target's processor."""
+        return platform.machine() in self.capabilities.machines
+
     @abstractmethod
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """Compile an ONNX graph; see :class:`greenprune.registry.Target`."""

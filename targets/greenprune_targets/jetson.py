@@ -33,9 +33,9 @@ class Jetson(TensorRtTarget):
         check_board(describe(), self.board)
         return super().open(artifact, runtime, threads)
 
-    def is_device(self) -> bool:
-        """Whether this is a Jetson: what TensorRT a PC has does not matter here."""
-        return describe().is_jetson
+    def is_here(self) -> bool:
+        """Whether this is a Jetson with its TensorRT."""
+        return super().is_here() and describe().is_jetson
 
     def readme(self) -> str:
         """How to run a bundle on this board, Markdown."""

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from greenprune.errors import MissingPackageError
 from greenprune.registry import Build
-from greenprune_calibration import inspection, quantise
 from greenprune_targets.base import refusal
 
 
@@ -24,6 +23,8 @@ def compile_graph(graph: Path, build: Build, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.onnx"
     if build.precision == "int8":
+        from greenprune_calibration import quantise  # here: opening a session needs none of it
+
         assert build.calibration is not None  # BaseTarget.check_build()
         with refusal(graph, "onnxruntime"):
             quantise.cpu_int8(graph, build.calibration, path, keep_float=build.keep_float)
@@ -34,6 +35,8 @@ def compile_graph(graph: Path, build: Build, folder: Path, name: str) -> Path:
 
 def layer_precisions(artifact: Path) -> dict[str, str]:
     """What each layer computes in once ONNX Runtime has optimised the graph on this machine."""
+    from greenprune_calibration import inspection
+
     with refusal(artifact, "onnxruntime"):
         found = inspection.int8_kernels(artifact)
     return {layer: "int8" if integer else "fp32" for layer, integer in found.items()}

@@ -50,15 +50,15 @@ class TensorRtTarget(BaseTarget):
     def open_on_host(self, artifact: Path, runtime: str, threads: int) -> Runner:
         """On the device as :meth:`open`; elsewhere ONNX Runtime stands in: the same graph, not the
         same kernels."""
-        if self.is_device():
+        if self.is_here():
             return self.open(artifact, runtime, threads)
         self.check_runtime(runtime)
         # optimised, it would round where a TensorRT graph does not ask for it
         return onnxruntime_cpu.open_session(artifact, threads, optimise=False)
 
-    def is_device(self) -> bool:
-        """Whether this machine can build and run engines."""
-        return find_spec("tensorrt") is not None
+    def is_here(self) -> bool:
+        """Whether this machine can build and run engines: a PC's processor alone is no GPU."""
+        return super().is_here() and find_spec("tensorrt") is not None
 
     def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
         """By the types in the graph: a strongly typed builder keeps to them."""

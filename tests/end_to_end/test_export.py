@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,24 @@ def test_a_jetson_bundle_builds_itself_on_the_board(
         assert words in readme
     with pytest.raises(TargetError, match=r"this is no Jetson"):
         AdaptiveSession(tmp_path / "jetson.bundle")
+
+
+def test_a_pc_without_its_gpu_certifies_nothing_for_cuda(
+    runs: Path, command: Any, tmp_path: Path
+) -> None:
+    """Its processor is one that a CUDA machine may have, and ONNX Runtime stands in."""
+    if find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed here")
+    done = command("greenprune-export", "--target", "cuda", "-o", "cuda.bundle")
+    assert done.returncode == 0, done.stderr
+    manifest = bundle.open_bundle(tmp_path / "cuda.bundle").manifest
+    assert manifest.runtime == "tensorrt"
+    assert (manifest.selector.certified_on, manifest.selector.threshold) == ("", None)
+    assert not any(row.certified for row in manifest.selector.table)
+    assert manifest.certification.inputs is not None, "it is certified on the device"
+    refused = command("greenprune-bench", "cuda.bundle", "--certify")
+    assert refused.returncode == 2
+    assert "on the device" in refused.stderr
 
 
 def test_the_dial_on_a_simulated_target_has_energies(

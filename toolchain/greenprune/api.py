@@ -18,7 +18,7 @@ from greenprune.harness import bench as bench
 from greenprune.harness.environment import usable_cores
 from greenprune.pipeline import RUN_FILE, Job, execute, is_current
 from greenprune.recipe import CompileSettings, Recipe
-from greenprune.registry import load_target
+from greenprune.registry import ALIASES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -160,7 +160,7 @@ def export(
     _needs_host()
     from greenprune import compilation, deployment, stages
 
-    target = load_target(target).name
+    target = ALIASES.get(target, target)
     asked = {**schema.encode(job.recipe.compile), "target": target, "precision": precision}
     if target != job.recipe.compile.target:
         asked["runtimes"] = ()  # those of the run are another target's
@@ -216,6 +216,8 @@ def open_job(
     if name is not None:
         recipes.check_name(name, "--name")
         loaded = replace(loaded, name=name)
+    target = ALIASES.get(loaded.compile.target, loaded.compile.target)
+    loaded = replace(loaded, compile=replace(loaded.compile, target=target))
     _needs_host()
     return Job(loaded, runs / loaded.name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from greenprune import bundle, schema
 from greenprune.bundle import VARIANTS, CertificationPlan, DialRow, Manifest, Preprocessing
 from greenprune.errors import BundleError, TargetError
 from greenprune.progress import progress
-from greenprune.registry import Runner, load_target
+from greenprune.registry import Runner, device_kind, load_target
 from greenprune.runtime.networks import SCORE
 from greenprune.runtime.preprocessing import preprocess
 from greenprune.runtime.runners import check_bundled
@@ -79,28 +79,23 @@ def promise(row: DialRow, reference: str, coverage: float) -> str:
     )
 
 
-def is_here(machines: Iterable[str]) -> bool:
-    """Whether this machine is of a target's kind: a certificate holds on that alone."""
-    return platform.machine() in machines
-
-
 def answers(
-    open_network: Callable[[Path], Runner],
-    artifacts: Mapping[str, Path],
+    open_network: Callable[[str], Runner],
+    variants: Iterable[str],
     batches: Iterable[NDArray[np.float32]],
 ) -> dict[str, dict[str, NDArray[Any]]]:
     """What deployed networks answer: variant to output to [N, ...].
 
     Args:
-        open_network: of an artifact.
-        artifacts: variant to its artifact's main file.
+        open_network: of a variant.
+        variants: to ask.
         batches: prepared inputs, float32 [n, C, H, W] each; gone through once.
     """
-    parts: dict[str, list[dict[str, NDArray[Any]]]] = {variant: [] for variant in artifacts}
+    parts: dict[str, list[dict[str, NDArray[Any]]]] = {variant: [] for variant in variants}
     with ExitStack() as stack:
         runners = {}
-        for variant, artifact in artifacts.items():
-            runners[variant] = open_network(artifact)
+        for variant in parts:
+            runners[variant] = open_network(variant)
             stack.callback(runners[variant].close)
         for batch in batches:
             for variant, runner in runners.items():
@@ -135,20 +130,24 @@ def certify_bundle(path: Path | str, *, threads: int = 0) -> Manifest:
             f"was certified on: {manifest.selector.certified_on or 'nothing'}"
         )
     target = load_target(manifest.target)
-    if not is_here(target.capabilities.machines):
+    if not target.is_here():
         raise TargetError(
             f"{opened.path}: a certificate for target '{target.name}' holds on "
-            f"{' or '.join(target.capabilities.machines)} alone, and this machine is "
+            f"{device_kind(target)} alone, and this machine is "
             f"{platform.machine()}; run greenprune-bench --certify on the device"
         )
-    artifacts = {variant: opened.artifact(variant, manifest.runtime) for variant in VARIANTS}
-    for variant, artifact in artifacts.items():
-        with closing(target.open(artifact, manifest.runtime, threads)) as runner:
+
+    def open_checked(variant: str) -> Runner:
+        artifact = opened.artifact(variant, manifest.runtime)
+        runner = target.open(artifact, manifest.runtime, threads)
+        with ExitStack() as stack:
+            stack.callback(runner.close)
             check_bundled(opened, variant, manifest.runtime, runner)
+            stack.pop_all()
+        return runner
+
     batches = _prepared(opened.read_array(plan.inputs), manifest.preprocessing)
-    found = answers(
-        lambda artifact: target.open(artifact, manifest.runtime, threads), artifacts, batches
-    )
+    found = answers(open_checked, VARIANTS, batches)
     targets = opened.read_array(plan.targets)
     logits = {variant: each[manifest.outputs[0].name] for variant, each in found.items()}
     right = {

@@ -70,7 +70,7 @@ def check_measurable(job: Job) -> None:
     """Raises TargetError: the target builds on its device and this is not one, so that a whole run
     could not measure what it made."""
     target = load_target(job.recipe.compile.target)
-    if target.capabilities.built_on_device and not target.runtimes_here():
+    if target.capabilities.built_on_device and not target.is_here():
         raise TargetError(
             f"compile.target = '{target.name}': a whole run ends with a measurement, and "
             f"{' or '.join(target.capabilities.runtimes)} is not on this machine; expected a "
@@ -209,7 +209,7 @@ def answers(
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     """What artifacts answer to a split: variant -> output name -> array."""
     return certification.answers(
-        lambda artifact: target.open_on_host(artifact, runtime, job.recipe.threads),
+        lambda variant: target.open_on_host(artifacts[variant], runtime, job.recipe.threads),
         artifacts,
         (prepared(job, part) for part in split.inputs.split(BATCH)),
     )
@@ -234,7 +234,7 @@ def choose_runtime(work: Work) -> dict[str, Any]:
     job = work.job
     settings, target = job.recipe.compile, load_target(job.recipe.compile.target)
     names = runtimes(job)
-    if len(names) == 1 or not certification.is_here(target.capabilities.machines):
+    if len(names) == 1 or not target.is_here():
         runtime = next(name for name in names if split_runtime(name)[1] == settings.precision)
         return {"runtime": runtime, "left_out": {}, "race": None}
     place = job.place(f"compile-{target.name}")

@@ -23,7 +23,7 @@ from greenprune.nncec import account as accounting
 from greenprune.nncec import ledger
 from greenprune.nncec.report import write_report
 from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work
-from greenprune.registry import Target, load_target
+from greenprune.registry import Target, device_kind, load_target
 from greenprune.runtime import decide
 from greenprune_calibration.samples import draw_balanced
 
@@ -129,7 +129,7 @@ def certify(work: Work) -> dict[str, Any]:
     logits = {variant: found["logits"] for variant, found in deployed.items()}
     table = certification.make_dial(deployed["aggressive"]["score"], logits, right, plan)
     target = load_target(job.recipe.compile.target)
-    here = certification.is_here(target.capabilities.machines)
+    here = target.is_here()
     if not here:
         table = tuple(_uncertified(row, target) for row in table)
     energies = job.results(f"compile-{target.name}")["simulated_energy"]
@@ -164,7 +164,7 @@ def certification_plan(job: Job) -> bundle.CertificationPlan:
     settings = job.recipe.certify
     target = load_target(job.recipe.compile.target)
     own_metric = models.resolve(job.recipe.task.metric, RecipeError)[0] is not training.accuracy
-    travels = not certification.is_here(target.capabilities.machines) and not own_metric
+    travels = not target.is_here() and not own_metric
     return bundle.CertificationPlan(
         inputs="samples/certification_inputs.npy" if travels else None,
         targets="samples/certification_targets.npy" if travels else None,
@@ -180,7 +180,7 @@ def certification_plan(job: Job) -> bundle.CertificationPlan:
 def _uncertified(row: bundle.DialRow, target: Target) -> bundle.DialRow:
     """A certificate holds on the device alone: nothing is promised for one that is not here."""
     reason = (
-        f"scored on {platform.machine()}, not on {' or '.join(target.capabilities.machines)}; "
+        f"scored on {platform.machine()}, not on {device_kind(target)}; "
         "run greenprune-bench --certify on the device"
     )
     return replace(row, certified=False, reason=row.reason or reason)

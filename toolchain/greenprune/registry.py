@@ -103,6 +103,10 @@ class Target(Protocol):
         """Those of the target's runtimes that are installed on this machine."""
         ...
 
+    def is_here(self) -> bool:
+        """Whether this machine is such a device: only there is anything measured or certified."""
+        ...
+
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """Compile an ONNX graph into ``folder``; the artifact's main file, ``<name>.<suffix>``."""
         ...
@@ -134,6 +138,13 @@ class Target(Protocol):
     def probe(self) -> dict[str, Any]:
         """This machine, as the target sees it: processor, instruction sets, versions."""
         ...
+
+
+def device_kind(target: Target) -> str:
+    """The machines of a target, for messages: ``aarch64``, ``x86_64 or aarch64 with tensorrt``."""
+    found = target.capabilities
+    kind = " or ".join(found.machines)
+    return f"{kind} with {' or '.join(found.runtimes)}" if found.built_on_device else kind
 
 
 def available_targets() -> dict[str, str]:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from greenprune import schema
 from greenprune.errors import MeasurementError
 from greenprune.harness import protocol
 from greenprune.harness.environment import usable_cores
-from greenprune.harness.presets import Preset
+from greenprune.harness.presets import Preset, find_preset
 from greenprune.harness.statistics import Interval, order_interval, paired_ratio
 from greenprune.progress import progress
 
-PRESET = Preset(
-    name="race",
-    windows=7,
-    window_seconds=0.3,
-    warmup_seconds=0.3,
-    warmup_slice_seconds=0.1,
-    warmup_cap_seconds=2.0,
-    idle_seconds=0.0,
-    rest_seconds=0.0,
-)
+PRESET = replace(find_preset("quick"), name="race", windows=7, window_seconds=0.3, idle_seconds=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
