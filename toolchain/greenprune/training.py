@@ -24,8 +24,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from greenprune import processes, schema, storage
+from greenprune.augmentation import cutmix
 from greenprune.bundle import Preprocessing
-from greenprune.data import Data, Split, batches, cutmix, take
+from greenprune.data import Data, Split, batches, take
 from greenprune.distillation import Loss, Objective, distilled
 from greenprune.errors import RecipeError, TrainingError
 from greenprune.progress import Advance, progress
