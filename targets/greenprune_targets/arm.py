@@ -21,8 +21,8 @@ class Arm(BaseTarget):
         width_multiple=8,
         meters=("estimate",),
         machines=("aarch64", "arm64"),
-        status="ready, but never yet run on Arm hardware: the same graph is checked where it is "
-        "exported; width_multiple is taken over from x86, not measured",
+        status="ready, but never yet run on Arm hardware, only emulated; width_multiple is taken "
+        "over from x86, not measured",
     )
 
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:

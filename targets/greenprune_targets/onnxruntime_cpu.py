@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from greenprune.cores import session_threads
 from greenprune.errors import MissingPackageError
 from greenprune.registry import Build
 from greenprune_targets.base import refusal
@@ -43,7 +44,8 @@ def layer_precisions(artifact: Path) -> dict[str, str]:
 
 
 def open_session(artifact: Path, threads: int, *, optimise: bool = True) -> OnnxRuntimeRunner:
-    """Open an ONNX graph on the CPU, with all optimisations or none; 0 threads: one for each core.
+    """Open an ONNX graph on the CPU, with all optimisations or none; ``threads`` as
+    :func:`greenprune.cores.session_threads` takes them.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
@@ -57,7 +59,9 @@ def open_session(artifact: Path, threads: int, *, optimise: bool = True) -> Onnx
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
+    # ONNX Runtime's own 0 starts a thread for each core of the machine and pins it there, whatever
+    # this process's affinity mask says; a number pins nothing.
+    options.intra_op_num_threads = session_threads(threads)
     options.inter_op_num_threads = 1
     # Two sessions in one process: the idle one's threads would spin on the cores that the other
     # needs, which makes both 2.5 times slower.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from greenprune.cores import session_threads
 from greenprune.errors import MissingPackageError
 from greenprune.registry import Build, Capabilities, Runner
 from greenprune_targets import onnxruntime_cpu, openvino_cache
@@ -103,9 +104,12 @@ class OpenVinoRunner:
 
 
 def _compile_model(artifact: Path, threads: int) -> Any:
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        settings["INFERENCE_NUM_THREADS"] = threads
+    # ENABLE_CPU_PINNING stays as OpenVINO sets it: within this process's affinity mask.
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": session_threads(threads),
+    }
     version = _openvino().get_version()
     return openvino_cache.compile_model(_core(), version, artifact, settings)
 

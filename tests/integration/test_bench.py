@@ -18,9 +18,18 @@ import numpy as np
 import pytest
 
 from greenprune import bundle as bundles
+from greenprune import cli
 from greenprune.errors import BundleError, MeasurementError, TargetError
-from greenprune.harness import PRESETS, Results, bench, protocol, read_results, write_results
-from greenprune.harness.client import WorkerError
+from greenprune.harness import (
+    PRESETS,
+    Results,
+    bench,
+    protocol,
+    race_bundles,
+    read_results,
+    write_results,
+)
+from greenprune.harness.conditions import Conditions
 from greenprune.harness.statistics import summarise
 
 VARIANTS = ("dense", "mild", "aggressive", "pair")
@@ -103,6 +112,197 @@ def test_accuracy_and_routes_are_those_of_the_networks(tiny_bundle: Path) -> Non
     assert found.candidate("dense", "onnxruntime").accept_rate is None
 
 
+@pytest.fixture
+def small(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two networks on one runtime."""
+    monkeypatch.setattr(protocol, "VARIANTS", ("dense", "mild"))
+    monkeypatch.setattr(protocol, "choose_runtimes", lambda manifest, asked: ["onnxruntime"])
+
+
+def command(*arguments: Any) -> int:
+    """Exit status of ``greenprune-bench``, one thread."""
+    with pytest.raises(SystemExit) as caught:
+        cli.bench_main([str(argument) for argument in (*arguments, "--threads", "1")])
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.usefixtures("small")
+def test_two_bundles_race_in_the_same_blocks(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "race.json"
+    options = ("--preset", "quick", "--meter", "estimate", "--tdp", "15", "--json", "-o", output)
+    assert command(tiny_bundle, tiny_bundle, *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads(output.read_text()) == found
+    sides = (found["first"], found["second"])
+    assert sides[0]["environment_before"] == sides[1]["environment_before"]
+    assert [pair["variant"] for pair in found["pairs"]] == ["dense", "mild"]
+    for pair in found["pairs"]:
+        assert pair["words"].startswith("latency: ")
+        assert "energy (ESTIMATE): " in pair["words"]
+        assert pair["energy_ratio"]["low"] > 0
+    for side in sides:
+        assert side["preset"] == "quick"
+        assert side["meter_record"]["tdp_watts"] == 15.0
+        assert "TDP 15 W" in side["meter_record"]["note"]
+    for block in range(3):
+        windows = [c["windows"][block] for side in sides for c in side["candidates"]]
+        assert sorted(window["order"] for window in windows) == [0, 1, 2, 3]
+    assert len((tmp_path / "race.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
+
+
+@pytest.mark.usefixtures("small")
+def test_results_of_one_command_are_compared_by_the_next(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path in paths:
+        measured = command(tiny_bundle, "--preset", "quick", "--meter", "none", "-o", path)
+        assert measured in (0, 1)  # a busy machine's windows vary
+        assert "preset quick" in capsys.readouterr().out
+        results = read_results(path)
+        assert measured == (not results.verdict.valid)
+        assert results.meter_record.provenance is None
+        assert all(candidate.energy_mj is None for candidate in results.candidates)
+        assert any("without a meter" in note for note in results.verdict.notes)
+    # three windows support nothing
+    assert command("--compare", *paths, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [change["quantity"] for change in found["changes"]] == ["latency", "latency"]
+    assert found["preset"] == ["quick", "quick"]
+
+
+@pytest.mark.usefixtures("small")
+def test_windows_are_as_long_as_the_counter_needs(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = protocol.settle_settings
+
+    def slow(*arguments: Any) -> protocol.Settings:
+        found = settle(*arguments)
+        return dataclasses.replace(
+            found, meter=dataclasses.replace(found.meter, period_seconds=0.01)
+        )
+
+    monkeypatch.setattr(protocol, "settle_settings", slow)
+    found = bench(tiny_bundle, meter="none", threads=1)
+    assert PRESETS["quick"].window_seconds < 10 * 0.01  # else this test shows nothing
+    for candidate in found.candidates:
+        assert all(window.seconds >= 10 * 0.01 for window in candidate.windows)
+
+
+LAMP = """
+import sys, time
+from greenprune.errors import MeasurementError
+from greenprune.meters._pyjoules import Device, Domain
+
+class Bulb(Domain):
+    def __repr__(self):
+        return "bulb"
+    def get_device_type(self):
+        return "lamp"
+
+class Lamp(Device):
+    broken = False
+    def __init__(self):
+        super().__init__()
+        self._available_domains = [Bulb()]
+        self.configure()
+    @staticmethod
+    def available_domains():
+        return []
+    def get_energy(self):
+        if self.broken and sys.modules["__main__"].__spec__.name == "greenprune.harness.worker":
+            raise MeasurementError("the lamp went out")
+        return [20e6 * time.monotonic()]
+
+def twenty_watts():
+    return Lamp()
+
+def goes_out():
+    Lamp.broken = True
+    return Lamp()
+"""
+
+
+@pytest.fixture
+def lamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of two meters: a counter of 20 W, and one that fails once it is measured with."""
+    (tmp_path / "a_lamp.py").write_text(LAMP)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("small", "lamp")
+def test_joules_of_a_counter_come_gross_and_net(tiny_bundle: Path) -> None:
+    found = bench(tiny_bundle, meter="a_lamp:twenty_watts", threads=1)
+    assert found.meter_record.period_seconds is not None
+    assert found.meter_record.provenance == "measured_counter"
+    for candidate in found.candidates:
+        idle, energy = candidate.idle_watts_before, candidate.energy_mj
+        assert idle is not None
+        assert candidate.idle_watts_after is not None
+        idle = (idle + candidate.idle_watts_after) / 2
+        assert idle > 0
+        assert energy is not None
+        assert energy.provenance == "measured_counter"
+        gross, net = [], []
+        for window in candidate.windows:
+            joules = window.energy
+            assert joules is not None
+            gross.append(1e3 * joules.value / window.inferences)
+            net.append(1e3 * (joules.value - idle * joules.seconds) / window.inferences)
+        assert energy.value == pytest.approx(np.median(gross))
+        assert energy.net_value == pytest.approx(np.median(net))
+
+
+@pytest.mark.usefixtures("small", "lamp")
+def test_a_meter_that_fails_leaves_a_marked_gap_and_the_latencies(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    found = bench(tiny_bundle, meter="a_lamp:goes_out", threads=1)
+    assert not found.verdict.valid
+    assert "dense on onnxruntime: block 0 was invalid twice: the lamp went out" in (
+        found.verdict.failures
+    )
+    assert any("no net joules: the lamp went out" in note for note in found.verdict.notes)
+    for candidate in found.candidates:
+        assert candidate.energy_mj is None
+        assert candidate.energy_ratio is None
+        assert candidate.latency_ms["p50"] is not None
+        assert [window.block for window in candidate.discarded] == [0, 1, 2]
+        for window in (*candidate.windows, *candidate.discarded):
+            assert window.invalid == "the lamp went out"
+            assert window.energy is None
+            assert window.latency.samples >= 10
+    write_results(tmp_path / "results.json", found)
+    assert read_results(tmp_path / "results.json") == found
+
+
+def test_bundles_that_share_no_runtime_cannot_race(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = iter((["onnxruntime"], ["openvino"]))
+    monkeypatch.setattr(protocol, "choose_runtimes", lambda manifest, asked: next(built))
+    with pytest.raises(TargetError, match="A has onnxruntime and B has openvino"):
+        race_bundles(tiny_bundle, tiny_bundle)
+
+
+@pytest.mark.parametrize("watts", ["0", "-15", "nan", "inf"])
+def test_absurd_tdp_is_refused(
+    tiny_bundle: Path, watts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(tiny_bundle, "--tdp", watts) == 2
+    assert "expected watts above zero" in capsys.readouterr().err
+
+
+def test_tdp_that_no_estimate_uses_is_told(tiny_bundle: Path) -> None:
+    manifest = bundles.open_bundle(tiny_bundle).manifest
+    settings = protocol.settle_settings("quick", "none", 1, 0, 15.0)
+    notes = list(protocol._notes(manifest, settings.meter))
+    assert "the TDP is not used: the meter is none, which estimates nothing" in notes
+
+
 @pytest.mark.usefixtures("short")
 def test_damaged_bundle_is_refused_before_anything_runs(tiny_bundle: Path) -> None:
     graph = next((tiny_bundle / "artifacts/onnxruntime").iterdir())
@@ -142,29 +342,40 @@ def test_two_measurements_never_overlap(
 
 
 class Flaky:
-    """A client whose first answers are refusals."""
+    """A client whose first windows are invalid for a cause."""
 
     name = "dense on onnxruntime"
 
-    def __init__(self, refusals: list[str]) -> None:
-        self.refusals = refusals
+    def __init__(self, causes: list[str]) -> None:
+        self.causes = causes
 
     def ask(self, command: str, limit_seconds: float) -> dict[str, Any]:
-        if self.refusals:
-            raise WorkerError("did not move", self.refusals.pop())
         latencies = np.arange(1, 11, dtype=np.int64)
-        latency = dataclasses.asdict(summarise(latencies))
-        return {"seconds": 1.0, "inferences": 10, "latency": latency, "energy": None}
+        quiet = Conditions(
+            background_cores=None, stolen_cores=None, frequency_mhz=None, temperature_c=None
+        )
+        return {
+            "seconds": 1.0,
+            "inferences": 10,
+            "latency": dataclasses.asdict(summarise(latencies)),
+            "energy": None,
+            "conditions": dataclasses.asdict(quiet),
+            "invalid": self.causes.pop() if self.causes else "",
+        }
 
 
-def test_invalid_window_is_run_once_more_and_says_so() -> None:
+def test_invalid_window_is_run_once_more_and_both_are_kept() -> None:
     preset = PRESETS["quick"]
-    client: Any = Flaky(["MeasurementError"])
-    assert protocol._window(client, preset, 0, 0).rerun == "did not move"
-    for refusals in (["MeasurementError", "MeasurementError"], ["TargetError"]):
-        client = Flaky(refusals)
-        with pytest.raises(WorkerError, match="did not move"):
-            protocol._window(client, preset, 0, 0)
+    for causes, kept in (
+        ([], [""]),
+        (["did not move"], ["did not move", ""]),
+        (["second", "first"], ["first", "second"]),
+        (["third", "second", "first"], ["first", "second"]),
+    ):
+        client: Any = Flaky(causes)
+        tries = protocol._window(client, preset, 4, 1, None)
+        assert [window.invalid for window in tries] == kept
+        assert {(window.block, window.order) for window in tries} == {(4, 1)}
 
 
 def test_measuring_loads_no_torch() -> None:

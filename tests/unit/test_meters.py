@@ -1,4 +1,4 @@
-"""Meters: counters on a fake sysfs, the estimate's model, and refusals that tell what to do."""
+"""Meters: the estimate's model, labels, and refusals that tell what to do."""
 
 from __future__ import annotations
 
@@ -7,177 +7,35 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greenprune.errors import MeasurementError, NotAvailableError
-from greenprune.meters import diagnose_meters, label, open_meter, weakest
+from greenprune.errors import MeasurementError
+from greenprune.meters import label, open_meter, weakest
+from greenprune.meters.clock import Clock
 from greenprune.meters.estimate import power
-from greenprune.meters.rapl import Zone, find_zones
-
-RANGE_UJ = 1_000_000
 
 
-def add_zone(root: Path, folder: str, name: str, uj: int = 100) -> Path:
-    """One powercap zone below ``root``; its counter's file."""
-    place = root / "sys/class/powercap" / folder
-    place.mkdir(parents=True)
-    (place / "name").write_text(f"{name}\n")
-    (place / "max_energy_range_uj").write_text(f"{RANGE_UJ}\n")
-    counter = place / "energy_uj"
-    counter.write_text(f"{uj}\n")
-    return counter
-
-
-@contextmanager
-def ticking(counter: Path) -> Iterator[None]:
-    """The counter moves on, as a real one does."""
-    stop = threading.Event()
-
-    def tick() -> None:
-        value = 0
-        while not stop.wait(0.001):
-            value += 50
-            temporary = counter.with_suffix(".new")
-            temporary.write_text(str(value))
-            temporary.replace(counter)
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_headline_is_packages_and_dram_under_any_numbering(tmp_path: Path) -> None:
-    add_zone(tmp_path, "intel-rapl:0", "psys")
-    add_zone(tmp_path, "intel-rapl:1", "package-1-die-0")
-    add_zone(tmp_path, "intel-rapl:1:0", "core")
-    add_zone(tmp_path, "intel-rapl:3", "package-0")
-    add_zone(tmp_path, "intel-rapl:3/intel-rapl:3:1", "dram")
-    add_zone(tmp_path, "intel-rapl-mmio:0", "package-0")
-    names = sorted(zone.name for zone in find_zones(tmp_path))
-    assert names == ["dram", "package-0", "package-1-die-0"]
-
-
-def test_links_to_the_same_zone_count_once(tmp_path: Path) -> None:
-    counter = add_zone(tmp_path, "intel-rapl:0", "package-0")
-    (counter.parent / "subsystem").symlink_to(tmp_path / "sys/class/powercap")
-    add_zone(tmp_path, "intel-rapl:0/intel-rapl:0:0", "dram")
-    link = tmp_path / "sys/class/powercap/intel-rapl:0:0"
-    link.symlink_to(counter.parent / "intel-rapl:0:0")
-    assert sorted(zone.name for zone in find_zones(tmp_path)) == ["dram", "package-0"]
-
-
-@settings(deadline=None)
-@given(steps=st.lists(st.integers(0, RANGE_UJ - 1), min_size=1, max_size=20))
-def test_wraps_are_added_once(steps: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
-    counter = add_zone(tmp_path_factory.mktemp("rapl"), "intel-rapl:0", "package-0", uj=999_990)
-    zone = Zone(counter.parent, "package-0")
-    assert zone.read() == 0
-    raw = 999_990
-    for step in steps:
-        raw = (raw + step) % RANGE_UJ
-        counter.write_text(str(raw))
-        zone.read()
-    assert zone.read() == sum(steps)
-
-
-def test_wrap_without_a_known_range_is_an_error(tmp_path: Path) -> None:
-    counter = add_zone(tmp_path, "intel-rapl:0", "package-0", uj=500)
-    (counter.parent / "max_energy_range_uj").unlink()
-    zone = Zone(counter.parent, "package-0")
-    zone.read()
-    counter.write_text("100")
-    with pytest.raises(MeasurementError, match="max_energy_range_uj"):
-        zone.read()
-
-
-def test_rapl_window_adds_package_and_dram_in_joules(tmp_path: Path) -> None:
-    package = add_zone(tmp_path, "intel-rapl:0", "package-0", uj=999_000)
-    dram = add_zone(tmp_path, "intel-rapl:0:0", "dram", uj=10)
-    with open_meter("rapl", tmp_path) as meter, meter.measure() as window:
-        package.write_text("500000")  # wrapped: 501,000 uJ
-        dram.write_text("250010")
-    energy = window.energy
-    assert energy is not None
-    assert energy.value == pytest.approx(0.751)
-    assert (energy.low, energy.high) == (energy.value, energy.value)
-    assert energy.provenance == "measured_counter"
-    assert energy.meter == "rapl"
-    assert "package-0" in energy.scope
-    assert "dram" in energy.scope
-
-
-def test_windows_may_lie_inside_each_other(tmp_path: Path) -> None:
-    counter = add_zone(tmp_path, "intel-rapl:0", "package-0", uj=0)
-    with open_meter("rapl", tmp_path) as meter, meter.measure() as outer:
-        counter.write_text("1000")
-        with meter.measure() as inner:
-            counter.write_text("3000")
-        counter.write_text("7000")
-    assert outer.energy is not None
-    assert inner.energy is not None
-    assert inner.energy.value == pytest.approx(2e-3)
-    assert outer.energy.value == pytest.approx(7e-3)
-
-
-def test_a_counter_that_does_not_move_is_an_error_not_zero(tmp_path: Path) -> None:
-    add_zone(tmp_path, "intel-rapl:0", "package-0")
-    with (
-        open_meter("rapl", tmp_path) as meter,
-        pytest.raises(MeasurementError, match="did not move"),
-        meter.measure(),
-    ):
-        pass
-
-
-def test_auto_takes_a_counter_that_moves(tmp_path: Path) -> None:
-    counter = add_zone(tmp_path, "intel-rapl:0", "package-0")
-    with ticking(counter), open_meter("auto", tmp_path) as meter:
-        assert meter.name == "rapl"
-
-
-@pytest.mark.parametrize("has_counter", [True, False])
-def test_auto_falls_back_to_the_estimate_and_says_why(tmp_path: Path, has_counter: bool) -> None:
-    if has_counter:
-        add_zone(tmp_path, "intel-rapl:0", "package-0")
+def test_auto_falls_back_to_the_estimate_and_says_why(tmp_path: Path) -> None:
     with open_meter("auto", tmp_path) as meter, meter.measure() as window:
         sum(range(1000))
     assert meter.name == "estimate"
+    assert meter.period_seconds is None
     assert window.energy is not None
     assert window.energy.provenance == "estimated_model"
     assert "ESTIMATE" in window.energy.note
     assert "unknown CPU" in window.energy.note
-    assert ("stands still" if has_counter else "no RAPL") in window.energy.note
+    assert "no RAPL" in window.energy.note
 
 
-def test_unreadable_counter_names_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counter = add_zone(tmp_path, "intel-rapl:0", "package-0")
-    original = Path.read_text
-
-    def refuse(path: Path, *arguments: object, **named: object) -> str:
-        if path.name == "energy_uj":  # the tests may run as root, whom no mode stops
-            raise PermissionError(13, "Permission denied", str(path))
-        return original(path, *arguments, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(MeasurementError, match="sudo chmod a\\+r"):
-        open_meter("rapl", tmp_path)
-    found = diagnose_meters(tmp_path)["rapl"]
-    assert not found["works"]
-    assert found["command"] == f"sudo chmod a+r {counter}"
-    with open_meter("auto", tmp_path) as meter:
-        assert meter.name == "estimate"
+def test_background_calls_happen_until_they_are_stopped() -> None:
+    called = threading.Event()
+    stop = Clock().every(1e-4, called.set)
+    assert called.wait(30)
+    stop()
 
 
 def test_none_measures_nothing_and_reports_null() -> None:
@@ -186,20 +44,24 @@ def test_none_measures_nothing_and_reports_null() -> None:
     assert window.energy is None
 
 
-@pytest.mark.parametrize("name", ["nvml", "ina3221"])
-def test_meters_of_later(name: str) -> None:
-    with pytest.raises(NotAvailableError, match=name):
-        open_meter(name)
-
-
 def test_unknown_meter_lists_the_known() -> None:
-    with pytest.raises(MeasurementError, match="auto, rapl, estimate, none"):
+    with pytest.raises(MeasurementError, match="auto, ina, rapl, nvml, estimate, none"):
         open_meter("watts")
 
 
-def test_tdp_must_be_positive() -> None:
+@pytest.mark.parametrize("tdp_watts", [0.0, -5.0, float("nan")])
+def test_tdp_must_be_positive(tdp_watts: float) -> None:
     with pytest.raises(MeasurementError, match="above zero"):
-        open_meter("estimate", tdp_watts=0.0)
+        open_meter("estimate", tdp_watts=tdp_watts)
+
+
+def test_a_virtual_machine_is_told_to_take_its_share_of_the_tdp(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("flags\t\t: fpu vme hypervisor lahf_lm\n")
+    with open_meter("estimate", tmp_path, tdp_watts=65.0) as meter:
+        assert "share of the host's TDP" in meter.note
+    with open_meter("estimate", tmp_path / "elsewhere", tdp_watts=65.0) as meter:
+        assert "share" not in meter.note
 
 
 @pytest.mark.parametrize(

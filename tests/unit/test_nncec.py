@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
 import json
+import math
+import re
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from greenprune import schema
 from greenprune.errors import GreenpruneError, MeasurementError, RunError
@@ -18,9 +24,11 @@ from greenprune.harness.results import InferenceEnergy
 from greenprune.harness.statistics import Interval
 from greenprune.meters import Energy
 from greenprune.nncec import ledger
-from greenprune.nncec.account import Account, account, break_even
-from greenprune.nncec.factors import WORLD, find_factor, user_supplied
+from greenprune.nncec.account import UNREADABLE, Account, account, break_even
+from greenprune.nncec.factors import TABLE, WORLD, find_factor, parse_factor, user_supplied
 from greenprune.nncec.ledger import Quantity, Row, stage_row
+from greenprune.nncec.life import Embodied, Fleet
+from greenprune.nncec.words import break_evens, damage, footnotes, life_table, stages_table
 
 
 def neighbour(name: str) -> ModuleType:
@@ -114,8 +122,50 @@ def test_broken_ledger_names_its_line(tmp_path: Path) -> None:
     ledger.append(path, row("train", 5.0))
     with path.open("a") as file:
         file.write('{"stage": "pru\n')
-    with pytest.raises(RunError, match="line 2"):
+    ledger.append(path, row("prune", 2.0))
+    with pytest.raises(RunError, match=r"line 2: .*put a copy of it back"):
         ledger.read(path)
+    found = ledger.scan(path)
+    assert found.rows == (row("train", 5.0), row("prune", 2.0))
+    (fault,) = found.unreadable
+    assert fault.startswith(f"{path}, line 2: expected a row as JSON")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda plain: plain | {"stages": "x"}, "unknown key 'stages' .did you mean 'stage'"),
+        (lambda plain: plain | {"seconds": "long"}, "key 'seconds'"),
+        (lambda plain: plain | {"provenance": "guessed"}, "expected one of: measured_counter"),
+        (
+            lambda plain: plain | {"joules": {"value": -5, "low": -5, "high": -5}},
+            "joules: expected",
+        ),
+        (lambda plain: plain | {"kwh": {"value": 2.0, "low": 3.0, "high": 4.0}}, "kwh: expected"),
+        (lambda plain: [plain], "expected"),
+    ],
+)
+def test_row_that_is_json_and_no_row_is_named(damage: Any, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(json.dumps(damage(schema.encode(row("train", 5.0)))) + "\n")
+    ledger.append(path, row("prune", 2.0))
+    found = ledger.scan(path)
+    assert [kept.stage for kept in found.rows] == ["prune"]
+    assert len(found.unreadable) == 1
+    assert re.search(f"line 1: .*{fault}", found.unreadable[0])
+
+
+@given(st.binary(max_size=60))
+def test_damage_of_any_kind_costs_its_own_line_alone(noise: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.jsonl"
+        ledger.append(path, row("train", 5.0))
+        with path.open("ab") as file:
+            file.write(noise.replace(b"\n", b" ") + b"\n")
+        ledger.append(path, row("prune", 2.0))
+        found = ledger.scan(path)
+    assert found.rows == (row("train", 5.0), row("prune", 2.0))
+    assert len(found.unreadable) == 1
 
 
 def test_row_that_a_killed_writer_did_not_finish_makes_room(tmp_path: Path) -> None:
@@ -137,13 +187,178 @@ def test_factors_carry_their_spread_and_source() -> None:
     assert france.low <= france.value <= france.high < 100
     assert france.licence == "MIT"
     assert "carbontracker" in france.source
-    assert find_factor("world") is WORLD
+    assert find_factor("world") == WORLD
     assert user_supplied(445.0) is WORLD
     assert user_supplied(50.0).source == "user supplied"
     with pytest.raises(GreenpruneError, match="did you mean 'Germany'"):
         find_factor("Germny")
-    with pytest.raises(MeasurementError, match="above zero"):
-        user_supplied(0.0)
+
+
+@pytest.mark.parametrize("absurd", [0.0, -3.0, 2001.0, 445_000.0, math.inf, math.nan])
+def test_absurd_intensity_names_the_plausible_range(absurd: float) -> None:
+    with pytest.raises(MeasurementError, match=r"above 0 and at most 2,000; .* 20 and 1,000"):
+        user_supplied(absurd)
+    with pytest.raises(MeasurementError, match="at most 2,000"):
+        parse_factor(str(absurd))
+
+
+def test_intensity_by_country_and_year() -> None:
+    newest, other = find_factor("FRA"), find_factor("FRA:2023")
+    assert (newest.year, other.year) == ("2024", "2023")
+    assert other.value != newest.value
+    assert (other.low, other.high) == (newest.low, newest.high)  # the sources still disagree
+    assert find_factor("fra:2024") == newest
+    assert (find_factor("world:2019").value, find_factor("world:2024")) == (475.0, WORLD)
+    assert parse_factor("42") == user_supplied(42.0)
+    assert parse_factor("France:2023") == other
+    with pytest.raises(MeasurementError, match="of France for 1999: the table has 2023 and 2024"):
+        find_factor("FRA:1999")
+    for text in ("FRA:", "FRA:last"):
+        with pytest.raises(MeasurementError, match="expected a year"):
+            find_factor(text)
+
+
+def test_every_row_of_the_table_is_a_factor() -> None:
+    with TABLE.open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            found = find_factor(line["code"])
+            assert 0 < found.low <= found.value <= found.high <= 2000
+            for package in ("carbontracker", "codecarbon"):
+                dated = find_factor(f"{line['name']}:{line[f'{package}_year']}")
+                years = (line["carbontracker_year"], line["codecarbon_year"])
+                if years[0] != years[1]:
+                    assert dated.value == float(line[f"{package}_g_per_kwh"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 0}, "devices = 0: expected 1 or more"),
+        ({"devices": -1}, "devices = -1"),
+        ({"per_day": 0.0}, "inferences a day = 0"),
+        ({"per_day": math.nan}, "inferences a day = nan"),
+        ({"years": -2.0}, "years = -2: expected above 0 and at most 100"),
+        ({"years": 1000.0}, "years = 1000"),
+        ({"per_day": 1e-9}, "expected at least one"),
+    ],
+)
+def test_fleet_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MeasurementError, match=message):
+        Fleet(**changes)
+
+
+def test_embodied_carbon_is_shared_over_the_life() -> None:
+    with pytest.raises(MeasurementError, match="embodied carbon of a device"):
+        Embodied(device_kgco2e=-1.0)
+    with pytest.raises(MeasurementError, match="lifetime"):
+        Embodied(device_kgco2e=1.0, lifetime_years=0.0)
+    fleet = Fleet(per_day=100.0, years=2.0, devices=10)
+    assert fleet.inferences == 100 * 365 * 2 * 10
+    device = Embodied(device_kgco2e=50.0, lifetime_years=5.0)
+    assert device.kgco2e(fleet) == pytest.approx(10 * 50 * 2 / 5)  # M = TE x TS x RS, RS = 1
+    results = neighbour("test_harness").results()
+    found = account([row("train", 1.0)], results, fleet=fleet, embodied=device)
+    mild = found.variants["mild"]
+    assert mild.ugco2e is not None
+    assert mild.sci_ugco2e is not None
+    assert mild.life_kgco2e is not None
+    share = 200e9 / fleet.inferences
+    assert mild.sci_ugco2e.value == pytest.approx(mild.ugco2e.value + share)
+    assert mild.life_kgco2e.value > 200
+    with pytest.raises(MeasurementError, match="a fleet too"):
+        account([], results, embodied=device)
+
+
+def test_host_and_device_have_grids_of_their_own() -> None:
+    results = neighbour("test_harness").results()
+    rows = [row("train", 100.0), row("prune", 50.0)]
+    terms: dict[str, Any] = {"intensity_g_per_kwh": 50.0, "pue": 1.5, "inferences": 1000}
+    same = account(rows, results, **terms)
+    apart = account(rows, results, device_intensity_g_per_kwh=600.0, **terms)
+    assert apart.total_kgco2e == same.total_kgco2e
+    here, there = same.variants["mild"], apart.variants["mild"]
+    assert here.ugco2e is not None
+    assert there.ugco2e is not None
+    assert there.ugco2e.value == pytest.approx(12 * here.ugco2e.value)
+    assert there.break_even == here.break_even
+    joules, carbon = there.break_even.inferences, there.break_even_co2.inferences
+    assert joules is not None
+    assert carbon is not None
+    assert carbon.value == pytest.approx(joules.value * 1.5 * 50 / 600)
+    assert there.life_kgco2e is not None
+    assert there.energy_mj is not None
+    spent = 150 / 3.6e6 * 1.5 * 50 / 1000
+    used = 1000 * there.energy_mj.value * 1e-3 / 3.6e6 * 600 / 1000
+    assert there.life_kgco2e.value == pytest.approx(spent + used)
+
+
+def test_one_grid_adds_no_uncertainty_to_the_break_even() -> None:
+    results = neighbour("test_harness").results()
+    rows = [row("train", 100.0), row("prune", 50.0)]
+    same = account(rows, results, intensity_g_per_kwh=find_factor("FRA")).variants["mild"]
+    assert same.break_even_co2 == same.break_even
+    apart = account(
+        rows,
+        results,
+        intensity_g_per_kwh=find_factor("FRA"),
+        device_intensity_g_per_kwh=find_factor("POL"),
+    ).variants["mild"]
+    wide, narrow = apart.break_even_co2.inferences, same.break_even_co2.inferences
+    assert wide is not None
+    assert narrow is not None
+    assert wide.high / wide.low > narrow.high / narrow.low
+
+
+def test_saved_carbon_is_zero_at_the_break_even() -> None:
+    results = neighbour("test_harness").results()
+    rows = [row("train", 100.0), row("prune", 50.0)]
+    terms: dict[str, Any] = {"intensity_g_per_kwh": 50.0, "device_intensity_g_per_kwh": 600.0}
+    reached = account(rows, results, **terms).variants["mild"].break_even_co2.inferences
+    assert reached is not None
+    found = account(rows, results, inferences=round(reached.value), **terms).variants
+    saved, spent = found["mild"].saved_kgco2e, found["mild"].life_kgco2e
+    assert saved is not None
+    assert spent is not None
+    assert saved.value == pytest.approx(0.0, abs=1e-3 * spent.value)
+    assert saved.low < 0 < saved.high
+    assert found["dense"].saved_kgco2e is None
+
+
+def test_damaged_ledger_makes_the_account_a_lower_bound() -> None:
+    results = neighbour("test_harness").results()
+    rows = [row("train", 100.0), row("prune", 50.0)]
+    found = account(rows, results, unreadable=["ledger.jsonl, line 2: expected a row"])
+    assert UNREADABLE in found.unmeasured_stages
+    assert found.total_kwh.value == pytest.approx(150 / 3.6e6)
+    paid = found.variants["mild"].break_even
+    assert paid.inferences is None
+    assert UNREADABLE in paid.reason
+    assert "line 2" in damage(found)
+
+
+def test_account_in_words() -> None:
+    results = neighbour("test_harness").results()
+    rows = [row("train", 100.0), row("prune", 50.0), row("bench-x86", None)]
+    found = account(
+        rows,
+        results,
+        intensity_g_per_kwh=find_factor("FRA"),
+        fleet=Fleet(per_day=10.0, years=1.0, devices=3),
+        embodied=Embodied(device_kgco2e=20.0),
+    )
+    console = Console(width=160, record=True, file=io.StringIO())
+    for table in (stages_table(found), life_table(found)):
+        console.print(table)
+    text = console.export_text()
+    assert "10,950 inferences: 10 a day over 1 year on 3 devices" in text
+    assert "not measured" in text
+    told = break_evens(found)
+    assert list(told) == ["mild"]
+    assert re.search(r"in joules after .* days\), in CO2 after .* days\)", told["mild"])
+    notes = "\n".join(footnotes(found))
+    assert "France, 2024" in notes
+    assert "12 kgCO2e for the fleet" in notes
+    assert "lower bounds without: bench-x86" in notes
 
 
 def test_break_even_is_where_the_lives_meet() -> None:
@@ -217,11 +432,8 @@ def test_account_of_a_run() -> None:
         "bench-x86",
     ]
     assert found.provenance == "estimated_model"
-    assert (found.preset, found.runtime, found.embodied) == (
-        "standard",
-        "onnxruntime",
-        "not included",
-    )
+    assert (found.preset, found.runtime, found.embodied) == ("standard", "onnxruntime", None)
+    assert found.valid
     mild, dense = found.variants["mild"], found.variants["dense"]
     assert mild.energy_mj is not None
     assert mild.ugco2e is not None
@@ -246,5 +458,6 @@ def test_account_without_measurements_says_what_is_missing() -> None:
 
 
 def test_pue_below_one_is_refused() -> None:
-    with pytest.raises(MeasurementError, match=r"1\.0 or more"):
-        account([], None, pue=0.9)
+    for absurd in (0.9, 156.0, math.nan):
+        with pytest.raises(MeasurementError, match=r"1\.0 or more, and at most 5"):
+            account([], None, pue=absurd)

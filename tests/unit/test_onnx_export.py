@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,20 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from greenprune import onnx_export
+from greenprune import __version__, onnx_export
+from greenprune.bundle import Preprocessing
 from greenprune.errors import ExportError
 from greenprune.models import lenet5
-from greenprune.onnx_export import check, export_onnx
+from greenprune.onnx_export import Description, check, export_onnx
+from greenprune.registry import Build, load_target
+from greenprune.runtime.preprocessing import preprocess
+from greenprune_calibration import half, quantise
+
+DESCRIPTION = Description(
+    variant="mild",
+    class_names=(*"abcdefghi", 'ä, "quoted"'),
+    preprocessing=Preprocessing(channels=1, size=(32, 32), mean=(0.1,), std=(0.25,)),
+)
 
 
 class Exported:
@@ -27,7 +38,7 @@ class Exported:
         self.network = lenet5().train()
         self.example = torch.randn(4, 1, 32, 32)
         self.path = folder / "lenet5.onnx"
-        self.answers = export_onnx(self.network, self.example, self.path, ["logits"])
+        self.answers = export_onnx(self.network, self.example, self.path, ["logits"], DESCRIPTION)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +97,89 @@ def test_the_graph_is_one_file_with_one_input_and_the_opset_of_the_bundle(
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == onnx_export.OPSET
     assert not any(entry.external_data for entry in model.graph.initializer)
     assert [path.name for path in exported.path.parent.iterdir()] == ["lenet5.onnx"]
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What the file says of itself, as ONNX Runtime and as onnx read it."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    model = onnx.load(path, load_external_data=False)
+    assert {entry.key: entry.value for entry in model.metadata_props} == found
+    return {key: value for key, value in found.items() if key.startswith(onnx_export.PREFIX)}
+
+
+def test_the_graph_says_what_it_is_and_how_images_are_prepared(exported: Exported) -> None:
+    found = metadata(exported.path)
+
+    said = {key.removeprefix("greenprune."): value for key, value in found.items()}
+    assert (said["version"], said["variant"]) == (__version__, "mild")
+    assert said["opset"] == str(onnx_export.OPSET)
+    assert json.loads(said["class_names"]) == list(DESCRIPTION.class_names)
+    prepared = json.loads(said["preprocessing"])
+    assert (prepared["channels"], prepared["size"], prepared["range"]) == (1, [32, 32], [0, 255])
+    assert (prepared["mean"], prepared["std"]) == ([0.1], [0.25])
+    (given,), (answered,) = json.loads(said["inputs"]).items(), json.loads(said["outputs"]).items()
+    assert (given[0], given[1]["shape"]) == ("input", ["batch", 1, 32, 32])
+    assert (answered[0], answered[1]["shape"]) == ("logits", ["batch", 10])
+    assert given[1]["meaning"]
+    assert answered[1]["meaning"]
+
+
+def test_the_formula_of_the_metadata_is_the_one_that_sessions_apply(exported: Exported) -> None:
+    prepared = json.loads(metadata(exported.path)["greenprune.preprocessing"])
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 1), dtype=np.uint8)
+    names = {"image": image.astype(np.float32)} | {
+        key: np.float32(prepared[key]) for key in ("mean", "std")
+    }
+    by_formula = eval(prepared["formula"], {"__builtins__": {}}, names)
+    assert DESCRIPTION.preprocessing is not None
+    expected = preprocess(image, DESCRIPTION.preprocessing)
+    np.testing.assert_allclose(by_formula.transpose(2, 0, 1)[None], expected, atol=1e-6)
+
+
+def test_data_that_came_prepared_say_so(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    plain = Description(variant="dense", class_names=("a", "b"), preprocessing=None)
+    export_onnx(network, torch.randn(2, 1, 2, 2), tmp_path / "a.onnx", ["out"], plain)
+    export_onnx(network, torch.randn(2, 1, 2, 2), tmp_path / "b.onnx", ["out"])
+
+    found, bare = metadata(tmp_path / "a.onnx"), metadata(tmp_path / "b.onnx")
+
+    assert found["greenprune.preprocessing"] == "null"
+    assert set(found) - set(bare) == {
+        f"greenprune.{key}" for key in ("variant", "class_names", "preprocessing")
+    }
+    assert json.loads(bare["greenprune.outputs"]) == {
+        "out": {"shape": ["batch", 2], "dtype": "float32"}
+    }
+
+
+@pytest.mark.parametrize("step", ["fp32", "int8", "tensorrt_fp16", "tensorrt_int8"])
+def test_what_is_made_of_the_graph_keeps_its_metadata_free_batch_opset_and_single_file(
+    exported: Exported, tmp_path: Path, step: str
+) -> None:
+    images, made = torch.randn(8, 1, 32, 32).numpy(), tmp_path / "made.onnx"
+    if step == "tensorrt_fp16":
+        half.tensorrt_fp16(exported.path, made)
+    elif step == "tensorrt_int8":
+        quantise.tensorrt_int8(exported.path, images, made)
+    else:
+        build = Build(runtime="onnxruntime", precision=step, calibration=images)
+        made = load_target("x86").compile(exported.path, build, tmp_path / "out", "made")
+
+    assert metadata(made) == metadata(exported.path)
+    model = onnx.load(made, load_external_data=False)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    assert versions[""] == onnx_export.OPSET
+    assert not any(entry.external_data for entry in model.graph.initializer)
+
+
+def test_the_graph_tells_nothing_of_its_makers_disk(exported: Exported) -> None:
+    content = exported.path.read_bytes()
+
+    for place in (Path(torch.__file__).parent, Path(onnx_export.__file__).parent):
+        assert str(place).encode() not in content
 
 
 def test_export_is_quiet(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -16,11 +17,15 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from greenprune.errors import MissingPackageError
+from greenprune import api, cli
+from greenprune.errors import MissingPackageError, StorageError
 from greenprune.harness.results import Candidate, Results
 from greenprune.meters import Energy
 from greenprune.nncec.account import Account, account
+from greenprune.nncec.factors import find_factor
 from greenprune.nncec.ledger import stage_row
+from greenprune.nncec.life import Embodied, Fleet
+from greenprune.nncec.plots import dial_points
 from greenprune.nncec.report import headline, write_report
 
 
@@ -59,7 +64,7 @@ def measured() -> Results:
     )
 
 
-def accounted(results: Results) -> Account:
+def accounted(results: Results, **terms: Any) -> Account:
     energy = Energy(
         value=100.0,
         low=50.0,
@@ -78,9 +83,9 @@ def accounted(results: Results) -> Account:
             intensity_g_per_kwh=445.0,
             pue=1.0,
         )
-        for stage in ("train", "prune", "bench-x86")
+        for stage in ("train", "prune", "finetune-mild", "compile-x86", "bench-x86")
     ]
-    return account(rows, results)
+    return account(rows, results, **terms)
 
 
 SUMMARY: dict[str, Any] = {
@@ -98,7 +103,26 @@ SUMMARY: dict[str, Any] = {
         )
     },
     "selector": {"kind": "head", "reason": "ranks better", "table": [{"a": 1}]},
+    "dial": {
+        "runtime": "onnxruntime",
+        "reference": "dense",
+        "table": [
+            {
+                "threshold": threshold,
+                "coverage": coverage,
+                "accuracy": accuracy,
+                "reference_accuracy": 0.94,
+                "certified": certified,
+            }
+            for threshold, coverage, accuracy, certified in (
+                (None, 0.0, 0.938, True),
+                (0.9, 0.4, 0.93, True),
+                (0.5, 0.9, 0.9, False),
+            )
+        ],
+    },
     "widths": [{"layer": "conv$1_2", "dense": 16, "mild": 8, "aggressive": 8}],
+    "layer_macs": [{"layer": "conv$1_2", "dense": 1600, "mild": 800, "aggressive": 0}],
     "caveats": ["a first look"],
 }
 
@@ -134,6 +158,7 @@ def test_page_loads_nothing(page: str) -> None:
     parsed = Page(page)
     assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
     assert all(reference.startswith("#") for reference in parsed.references)
+    assert "default-src 'none'" in page
     assert not re.search(r"url\((?!#)|@import", page)
 
 
@@ -143,12 +168,17 @@ def test_drawings_refer_only_to_their_own_parts(page: str) -> None:
     wanted = {reference[1:] for reference in parsed.references}
     wanted |= set(re.findall(r"url\(#([^)]+)\)", page))
     assert wanted <= set(parsed.ids)
-    assert parsed.tags.count("svg") == 6
+    # accuracy twice, latency, windows; ledger, life, break-even twice; widths, MACs
+    assert parsed.tags.count("svg") == 10
 
 
 def test_page_tells_preset_provenance_and_caveats(page: str) -> None:
     assert "every joule here is an ESTIMATE" in page
-    assert "(ESTIMATE)" in page  # in a plot's axis
+    drawn = re.findall(r"<figure>.*?</figure>", page, flags=re.DOTALL)
+    for figure in drawn:
+        about_joules = re.search(r"[Ee]nergy|[Jj]oules|[Cc]arbon", figure)
+        assert not about_joules or "(ESTIMATE)</figcaption>" in figure
+        assert not about_joules or "(ESTIMATE)</text>" in figure  # on an axis
     assert "preset quick" in page
     assert "a first look" in page
     assert "our reading; NNCEC" in page
@@ -162,6 +192,56 @@ def test_page_tells_preset_provenance_and_caveats(page: str) -> None:
 def test_user_text_is_escaped(page: str) -> None:
     assert "<script>" not in page
     assert "digits &lt;script&gt;" in page
+
+
+def test_dial_points_are_costed_and_placed() -> None:
+    results = measured()
+    costs = {c.variant: c.energy_mj.value for c in results.candidates if c.energy_mj}
+    points = dial_points(results, SUMMARY, "mJ")
+    assert [holds for _, _, holds in points] == [True, True, False]
+    mild, middle, loose = points
+    assert mild[0] == costs["mild"]
+    assert middle[0] == pytest.approx(costs["aggressive"] + 0.6 * costs["mild"])
+    assert loose[0] < middle[0]
+    assert middle[1] == pytest.approx(95 - 1)  # dense's on the test images, less the loss
+    assert dial_points(results, {}, "mJ") == []
+
+
+def test_summary_for_pull_requests_is_beside_the_page(tmp_path: Path) -> None:
+    results = measured()
+    summary = {**SUMMARY, "caveats": ["a | b <i>c</i>"]}
+    made = write_report(tmp_path / "page.html", summary, results, accounted(results))
+    assert made == tmp_path / "page.md"
+    text = made.read_text(encoding="utf-8")
+    assert "digits &lt;script&gt;" in text
+    assert "a \\| b &lt;i&gt;c&lt;/i&gt;" in text
+    assert "ESTIMATE" in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(columns) == 1
+    with pytest.raises(StorageError, match=r"such as report\.html"):
+        write_report(tmp_path / "page.md", summary, results, None)
+
+
+def test_page_shows_the_fleet_and_a_damaged_ledger(tmp_path: Path) -> None:
+    results = measured()
+    found = accounted(
+        results,
+        fleet=Fleet(per_day=5000, years=4, devices=200),
+        embodied=Embodied(device_kgco2e=25.0),
+        device_intensity_g_per_kwh=find_factor("FRA"),
+        unreadable=["ledger.jsonl, line 7: expected a row as JSON"],
+    )
+    write_report(tmp_path / "report.html", SUMMARY, results, found)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1,460,000,000 inferences: 5,000 a day over 4 years on 200 devices" in text
+    assert "4,000 kgCO2e" in text
+    assert "France, 2024" in text
+    assert "line 7" in text
+    assert "lower bounds" in text
+    assert "making the devices" in text
 
 
 def test_headline_claims_only_what_is_shown() -> None:
@@ -193,3 +273,94 @@ def test_missing_package_names_its_command(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=rf"'{package}'.*greenprune\[host\]"):
         write_report(tmp_path / "report.html", SUMMARY, measured(), None)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What ``greenprune report`` asked the library for; there it finds a made-up run."""
+    given: dict[str, Any] = {"unreadable": []}
+
+    def carbon(run: Path | None, *, runs: Path, **terms: Any) -> Account:
+        given.update(terms)
+        renamed = {
+            "intensity": "intensity_g_per_kwh",
+            "device_intensity": "device_intensity_g_per_kwh",
+        }
+        wanted = {renamed.get(k, k): v for k, v in terms.items() if v is not None}
+        return accounted(measured(), unreadable=given["unreadable"], **wanted)
+
+    def report(run: Path | None, *, output: Path | None, account: Account, **_: Any) -> Path:
+        given["account"] = account
+        return output or tmp_path / "report.html"
+
+    monkeypatch.setattr(api, "carbon", carbon)
+    monkeypatch.setattr(api, "report", report)
+    return given
+
+
+def run_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", *arguments])
+    return int(ended.value.code or 0)
+
+
+def test_command_prints_the_life_of_a_fleet(
+    asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--carbon --per-day 5000 --years 4 --devices 200 --intensity FRA:2023 --pue 1.4"
+    more = "--device-intensity 600 --embodied 25 --lifetime 8"
+    assert run_command(*options.split(), *more.split()) == 0
+    assert asked["fleet"] == Fleet(per_day=5000, years=4, devices=200)
+    assert asked["embodied"] == Embodied(device_kgco2e=25, lifetime_years=8)
+    assert asked["intensity"] == find_factor("FRA:2023")
+    text = capsys.readouterr().out
+    for words in ("1,460,000,000 inferences", "France, 2023", "PUE 1.4", "600 gCO2e/kWh"):
+        assert words in text
+    assert text.rstrip().endswith("report.html")
+
+
+def test_command_answers_machines(
+    asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("--carbon", "--json", "--devices", "3") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["account"]["fleet"] == {"per_day": 1000.0, "years": 3.0, "devices": 3}
+    assert answer["account"]["variants"]["mild"]["break_even_co2"]["inferences"]["value"] > 0
+    assert run_command("--json") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"report"}
+    assert asked["fleet"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--devices 0", "devices = 0: expected 1 or more"),
+        ("--per-day -5", "inferences a day = -5: expected above 0"),
+        ("--years 500", "years = 500: expected above 0 and at most 100"),
+        ("--intensity -1", "above 0 and at most 2,000"),
+        ("--intensity 445000", "above 0 and at most 2,000"),
+        ("--device-intensity Frnce", "did you mean 'France'"),
+        ("--device-intensity FRA:1901", "the table has 2023 and 2024"),
+        ("--embodied -3", "embodied carbon of a device"),
+        ("--embodied 3 --lifetime 0", "lifetime of a device"),
+        ("--pue 0.5", "pue = 0.5: expected 1.0 or more"),
+    ],
+)
+def test_command_refuses_what_cannot_be(
+    arguments: str, message: str, asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(*arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_command_names_a_damaged_line_and_counts_the_others(
+    asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked["unreadable"] = ["ledger.jsonl, line 3: expected a row as JSON"]
+    assert run_command("--carbon") == 2
+    captured = capsys.readouterr()
+    assert "finetune-mild" in captured.out
+    assert "line 3" in captured.err
+    assert "the other rows were counted" in captured.err

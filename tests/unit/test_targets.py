@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from greenprune import registry
+from greenprune import cores, registry
 from greenprune.bundle import open_bundle
 from greenprune.errors import (
     ExportError,
@@ -20,7 +22,8 @@ from greenprune.errors import (
 )
 from greenprune.registry import Build
 from greenprune.runtime.runners import verify_artifact
-from greenprune_targets.base import processor
+from greenprune_targets.arm import Arm
+from greenprune_targets.base import BaseTarget, processor
 
 
 @pytest.mark.parametrize("name", sorted(registry.TARGETS))
@@ -65,20 +68,154 @@ def test_an_unknown_target_names_the_known_and_the_near() -> None:
         registry.load_target("jetsn")
 
 
-def test_other_packages_bring_targets_but_no_built_in_names(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    entries = [
-        metadata.EntryPoint("toaster", "greenprune_targets.arm:Arm", registry.ENTRY_POINTS),
-        metadata.EntryPoint("broken", "no_such_package:Target", registry.ENTRY_POINTS),
-        metadata.EntryPoint("x86", "greenprune_targets.arm:Arm", registry.ENTRY_POINTS),
-    ]
+class Toaster(Arm):
+    name = "toaster"
+
+
+class Abstract(BaseTarget):
+    name = "abstract"
+
+
+class Bare:
+    name = "bare"
+    description = "a class that is no target"
+    capabilities = Arm.capabilities
+
+
+class Untold(Arm):
+    name = "untold"
+    capabilities: ClassVar[Any] = {"precisions": ["fp32"]}
+
+
+@pytest.fixture
+def other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points as other packages would bring them; this module stands in for theirs."""
+    monkeypatch.setitem(sys.modules, "toasters", sys.modules[__name__])
+    places = {
+        "toaster": "toasters:Toaster",
+        "misnamed": "toasters:Toaster",
+        "abstract": "toasters:Abstract",
+        "bare": "toasters:Bare",
+        "untold": "toasters:Untold",
+        "gone": "toasters:Gone",
+        "broken": "no_such_package:Target",
+        "x86": "toasters:Toaster",
+    }
+    entries = [metadata.EntryPoint(*place, registry.ENTRY_POINTS) for place in places.items()]
     monkeypatch.setattr(metadata, "entry_points", lambda group: entries)
-    assert set(registry.available_targets()) == {*registry.TARGETS, "toaster", "broken"}
+
+
+@pytest.mark.usefixtures("other_packages")
+def test_other_packages_bring_targets_but_no_built_in_names() -> None:
+    assert set(registry.available_targets()) - set(registry.TARGETS) == {
+        *("toaster", "misnamed", "abstract", "bare", "untold", "gone", "broken")
+    }
     assert registry.load_target("toaster").description == "64-bit Arm CPU, by ONNX Runtime"
     assert registry.load_target("x86").name == "x86"
-    with pytest.raises(TargetError, match="no_such_package:Target cannot be loaded"):
-        registry.load_target("broken")
+
+
+@pytest.mark.usefixtures("other_packages")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", "no_such_package:Target cannot be loaded: No module named"),
+        ("gone", "toasters:Gone cannot be loaded: .*no attribute 'Gone'"),
+        ("abstract", "toasters:Abstract cannot be loaded: .*compile.*open"),
+        ("bare", "toasters:Bare lacks runtimes_here, is_here, compile, open, .*docs/targets.md"),
+        ("misnamed", "expected the name 'misnamed', .*; found 'toaster'"),
+        ("untold", "registry.Capabilities; found 'untold' and dict"),
+    ],
+)
+def test_another_packages_broken_target_says_what_is_wrong(name: str, message: str) -> None:
+    with pytest.raises(TargetError, match=f"target '{name}': .*{message}"):
+        registry.load_target(name)
+
+
+THREADS = """
+import json, os, sys
+from pathlib import Path
+os.sched_setaffinity(0, json.loads(sys.argv[3]))
+import numpy as np, onnxruntime  # whose import starts a thread of its own
+from greenprune.registry import load_target
+artifact, runtime = Path(sys.argv[1]), sys.argv[2]
+def mask_of_each_thread():
+    return {name: os.sched_getaffinity(int(name)) for name in os.listdir("/proc/self/task")}
+before = mask_of_each_thread()
+runner = load_target("x86").open(artifact, runtime, int(sys.argv[4]))
+runner.run(np.zeros((2, 1, 16, 16), np.float32))
+masks = mask_of_each_thread()
+if runtime == "onnxruntime":
+    used = 1 + len(set(masks) - set(before))  # the caller works too
+else:
+    used = runner._compiled.get_property("INFERENCE_NUM_THREADS")
+outside = [name for name, mask in masks.items() if not mask <= os.sched_getaffinity(0)]
+print(json.dumps([used, outside]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's affinity masks")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("asked", [0, 1, 64])
+def test_sessions_stay_within_the_affinity_mask(
+    runtime: str, asked: int, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(runtime)
+    graph = tiny_bundle / "graphs/mild.onnx"
+    artifact = registry.load_target("x86").compile(graph, Build(runtime=runtime), tmp_path, "net")
+    for mask in ([min(os.sched_getaffinity(0))], sorted(os.sched_getaffinity(0))):
+        line = [sys.executable, "-c", THREADS, artifact, runtime, json.dumps(mask), asked]
+        done = subprocess.run(
+            [str(part) for part in line],
+            env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        used, outside = json.loads(done.stdout)
+        assert used <= (min(asked, len(mask)) if asked else len(mask))
+        assert outside == [], "a thread may run where this process must not"
+
+
+def machine(root: Path, siblings: dict[int, str], quotas: dict[str, str]) -> Path:
+    """``proc`` and ``sys`` of a machine: which processors share a core, its groups' ``cpu.max``."""
+    for number, shared in siblings.items():
+        topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{shared}\n")
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("0::/app/worker\n")
+    for group, quota in quotas.items():
+        (root / "sys/fs/cgroup" / group).mkdir(parents=True, exist_ok=True)
+        (root / "sys/fs/cgroup" / group / "cpu.max").write_text(f"{quota}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("mask", "siblings", "quotas", "expected"),
+    [
+        ({0, 1, 2, 3}, {}, {}, 4),
+        ({0, 1, 2, 3}, {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, {}, 2),
+        ({1, 3}, {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, {}, 1),
+        ({0, 1, 2, 3}, {}, {"app/worker": "max 100000"}, 4),
+        ({0, 1, 2, 3}, {}, {"app/worker": "150000 100000"}, 2),
+        ({0, 1, 2, 3}, {}, {"app": "100000 100000", "app/worker": "max 100000"}, 1),
+        ({0, 1, 2, 3}, {}, {"app/worker": "10000 100000"}, 1),
+        ({0, 1}, {}, {"app/worker": "800000 100000"}, 2),
+    ],
+)
+def test_usable_cores(
+    mask: set[int],
+    siblings: dict[int, str],
+    quotas: dict[str, str],
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: mask, raising=False)
+    assert cores.usable_cores(machine(tmp_path, siblings, quotas)) == expected
+    assert cores.session_threads(99) == len(mask)
+    assert cores.session_threads(1) == 1
 
 
 @pytest.mark.parametrize(("name", "runtime"), [("x86", "openvino"), ("arm", "onnxruntime")])

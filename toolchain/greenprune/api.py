@@ -16,13 +16,16 @@ from greenprune.errors import MissingPackageError, RecipeError, RunError, Storag
 from greenprune.harness import Results
 from greenprune.harness import bench as bench
 from greenprune.harness.environment import usable_cores
-from greenprune.pipeline import RUN_FILE, Job, execute, is_current
+from greenprune.pipeline import LEDGER_FILE, RUN_FILE, Job, execute, is_current
 from greenprune.recipe import CompileSettings, Recipe
 from greenprune.registry import ALIASES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from greenprune.nncec.account import Account
+    from greenprune.nncec.factors import Factor
+    from greenprune.nncec.life import Embodied, Fleet
     from greenprune.pruning.surgery import Explanation
 
 RUNS = Path("runs")
@@ -188,17 +191,63 @@ def export(
 
 
 def report(
-    run_folder: Path | None = None, *, output: Path | None = None, runs: Path = RUNS
+    run_folder: Path | None = None,
+    *,
+    output: Path | None = None,
+    runs: Path = RUNS,
+    account: Account | None = None,
 ) -> Path:
-    """Write a finished run's report again; by default in the run's folder, as ``report.html``."""
+    """Write a finished run's report again; by default in the run's folder, as ``report.html``.
+
+    A summary in Markdown is written beside it. ``account`` is what :func:`carbon` made; None: the
+    one of the recipe's settings, from the ledger as it is now.
+    """
     job = finished_job(run_folder, runs=runs)
-    _needs_host()
+    account = account or carbon(job.folder)
     from greenprune import summary
     from greenprune.nncec.report import write_report
 
     destination = output or job.folder / "report.html"
-    write_report(destination, **summary.report_input(job))
+    write_report(destination, **summary.report_input(job, account))
     return destination
+
+
+def carbon(
+    run_folder: Path | None = None,
+    *,
+    runs: Path = RUNS,
+    intensity: Factor | float | None = None,
+    device_intensity: Factor | float | None = None,
+    pue: float | None = None,
+    fleet: Fleet | None = None,
+    embodied: Embodied | None = None,
+) -> Account:
+    """The account in joules and carbon of a finished run and of a life in use.
+
+    What is None is the recipe's; see :func:`greenprune.nncec.account.account`. Lines of the ledger
+    that cannot be read are named in ``Account.unreadable``, and the others are counted.
+
+    Raises:
+        RunError: there is no finished run.
+        MeasurementError: an intensity, a PUE, a fleet or a device that cannot be.
+    """
+    job = finished_job(run_folder, runs=runs)
+    _needs_host()
+    from greenprune import deployment
+    from greenprune.nncec import ledger
+
+    given = {
+        "intensity_g_per_kwh": intensity,
+        "device_intensity_g_per_kwh": device_intensity,
+        "pue": pue,
+        "fleet": fleet,
+        "embodied": embodied,
+    }
+    return deployment.account_from(
+        job,
+        ledger.scan(job.folder / LEDGER_FILE),
+        **{key: value for key, value in given.items() if value is not None},
+    )
 
 
 def open_job(
@@ -271,6 +320,7 @@ def _use_threads(threads: int) -> None:
 __all__ = [
     "Results",
     "bench",
+    "carbon",
     "explain",
     "export",
     "prune",

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from greenprune._version import __version__
-from greenprune.errors import GreenpruneError
+from greenprune.errors import GreenpruneError, TargetError
 from greenprune.progress import say
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -193,7 +193,7 @@ def export(
 
 
 @commands.command(context_settings=CONTEXT)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundles", metavar="BUNDLE [BUNDLE]", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--preset",
     type=click.Choice(["quick", "standard", "report", "mlperf-tiny"]),
@@ -203,12 +203,38 @@ def export(
 )
 @click.option("--meter", default="auto", show_default=True, help="See `greenprune doctor`.")
 @click.option(
+    "--tdp",
+    "tdp_watts",
+    type=float,
+    metavar="WATTS",
+    help="Thermal design power of the processors, for the estimate where there is no counter.",
+)
+@click.option(
     "--threads",
     type=click.IntRange(min=0),
     default=0,
     help="CPU threads; 0 means one for each core.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write results as JSON.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write results as JSON, and their windows as CSV beside it.",
+)
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="OLD NEW",
+    type=click.Path(path_type=Path),
+    help="Compare two results files instead of measuring; status 1 if the new ones are worse.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(min=0.0, max=1.0),
+    default=0.03,
+    show_default=True,
+    help="With --compare: the smallest change that counts, as a fraction.",
+)
 @click.option(
     "--certify",
     is_flag=True,
@@ -216,63 +242,160 @@ def export(
 )
 @as_json
 def bench(
-    bundle: Path,
+    bundles: tuple[Path, ...],
     preset: str,
     meter: str,
+    tdp_watts: float | None,
     threads: int,
     output: Path | None,
+    compare: tuple[Path, Path] | None,
+    threshold: float,
     certify: bool,
     as_json: bool,
 ) -> None:
     """Measure latency and joules of a BUNDLE on this device; needs no torch.
 
+    Two bundles are measured side by side, and each difference is called real or not.
+
     \b
     Examples:
       greenprune-bench digits.bundle
       greenprune-bench digits.bundle --preset quick --json
+      greenprune-bench before.bundle after.bundle -o race.json
+      greenprune-bench --compare baseline.json results.json
     """
-    from greenprune import certification, harness, schema
+    from greenprune import certification, harness
 
+    _check_bench(len(bundles), output, bool(compare), certify)
     if certify:
-        told = certification.describe(certification.certify_bundle(bundle, threads=threads))
+        told = certification.describe(certification.certify_bundle(bundles[0], threads=threads))
         if as_json:
             _print_json(told)
         else:
             click.echo(told["headline"])
         return
-    results = harness.bench(bundle, preset=preset, meter=meter, threads=threads)
+    if compare:
+        old, new = (harness.read_results(path) for path in compare)
+        compared = harness.compare_results(old, new, threshold=threshold)
+        _print_table(compared, as_json)
+        sys.exit(1 if compared.regression else 0)
+    measure: Callable[..., Any] = harness.bench if len(bundles) == 1 else harness.race_bundles
+    results = measure(*bundles, preset=preset, meter=meter, threads=threads, tdp_watts=tdp_watts)
     if output:
         harness.write_results(output, results)
+    _print_table(results, as_json)
+    if len(bundles) == 1 and not results.verdict.valid:
+        sys.exit(1)
+
+
+def _check_bench(bundles: int, output: Path | None, compare: bool, certify: bool) -> None:
+    """Refuse what does not go together before anything is measured."""
+    if compare and (bundles or output or certify):
+        raise click.UsageError("--compare reads two results files: no BUNDLE, -o or --certify.")
+    if not bundles and not compare:
+        raise click.UsageError("Missing argument 'BUNDLE'.")
+    if bundles > (1 if certify else 2):
+        raise click.UsageError(f"Got {bundles} bundles, expected {'1' if certify else '1 or 2'}.")
+    if output and output.suffix != ".json":
+        raise click.UsageError(f"-o {output}: expected a name that ends in .json.")
+
+
+def _print_table(results: Any, as_json: bool) -> None:
+    """A record of the harness, as JSON or as its table."""
+    from rich.console import Console
+
+    from greenprune import schema
+
     if as_json:
         _print_json(schema.encode(results))
     else:
-        from rich.console import Console
-
         # a pipe has no width of its own, and 80 columns would break every figure
         Console(width=None if sys.stdout.isatty() else 140).print(results.table())
-    if not results.verdict.valid:
-        sys.exit(1)
 
 
 @commands.command(context_settings=CONTEXT)
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The page to write.")
+@click.option("--carbon", is_flag=True, help="Print the account of the life's joules and carbon.")
+@click.option(
+    "--per-day", type=float, help="Inferences a day of each device.  [with a fleet: 1000]"
+)
+@click.option("--years", type=float, help="How long the devices are in use.  [with a fleet: 3]")
+@click.option("--devices", type=int, help="How many devices.  [with a fleet: 1]")
+@click.option(
+    "--intensity",
+    metavar="G|PLACE[:YEAR]",
+    help="Of the electricity that trained and pruned: gCO2e for each kWh, or a place, such as 42, "
+    "FRA or DEU:2023.  [default: the recipe's]",
+)
+@click.option(
+    "--device-intensity",
+    metavar="G|PLACE[:YEAR]",
+    help="The same of the devices' electricity.  [default: as --intensity]",
+)
+@click.option("--pue", type=float, help="PUE of the host.  [default: the recipe's]")
+@click.option("--embodied", type=float, metavar="KG", help="kgCO2e of making one device.")
+@click.option(
+    "--lifetime", type=float, default=5.0, show_default=True, metavar="YEARS", help="Of a device."
+)
 @runs_option
 @as_json
-def report(run: Path | None, output: Path | None, runs: Path, as_json: bool) -> None:
-    """Write the HTML report of RUN (by default the newest finished run).
+def report(
+    run: Path | None,
+    output: Path | None,
+    carbon: bool,
+    per_day: float | None,
+    years: float | None,
+    devices: int | None,
+    intensity: str | None,
+    device_intensity: str | None,
+    pue: float | None,
+    embodied: float | None,
+    lifetime: float,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Write the HTML report of RUN (by default the newest finished run), and a Markdown summary.
+
+    Any of --per-day, --years, --devices and --embodied makes it the account of a fleet; otherwise
+    it counts the recipe's number of inferences.
 
     \b
-    Example:
+    Examples:
       greenprune report -o report.html
+      greenprune report --carbon --per-day 5000 --years 4 --devices 200
+      greenprune report --carbon --intensity FRA --device-intensity DEU --embodied 25
     """
-    from greenprune import api
+    from greenprune import api, schema
+    from greenprune.nncec import factors, life, words
 
-    page = api.report(run, output=output, runs=runs)
+    terms = {"per_day": per_day, "years": years, "devices": devices}
+    given: dict[str, Any] = {key: value for key, value in terms.items() if value is not None}
+    account = api.carbon(
+        run,
+        runs=runs,
+        intensity=None if intensity is None else factors.parse_factor(intensity),
+        device_intensity=None
+        if device_intensity is None
+        else factors.parse_factor(device_intensity),
+        pue=pue,
+        fleet=life.Fleet(**given) if given or embodied is not None else None,
+        embodied=None
+        if embodied is None
+        else life.Embodied(device_kgco2e=embodied, lifetime_years=lifetime),
+    )
+    page = api.report(run, output=output, runs=runs, account=account)
     if as_json:
-        _print_json({"report": str(page)})
+        _print_json(
+            {"report": str(page), **({"account": schema.encode(account)} if carbon else {})}
+        )
     else:
+        if carbon:
+            words.print_account(account)
         click.echo(f"{page}")
+    if account.unreadable:
+        say(f"greenprune: {words.damage(account)}")
+        sys.exit(USER_MUST_ACT)
 
 
 @commands.command(context_settings=CONTEXT)
@@ -304,7 +427,12 @@ def targets(as_json: bool) -> None:
     """
     from greenprune import registry, schema
 
-    found = [registry.load_target(name) for name in registry.available_targets()]
+    found = []
+    for name in registry.available_targets():
+        try:
+            found.append(registry.load_target(name))
+        except TargetError as error:  # another package's; the others are still there
+            say(f"greenprune: {error}")
     if as_json:
         _print_json(
             {

@@ -23,6 +23,7 @@ from greenprune.nncec import account as accounting
 from greenprune.nncec import ledger
 from greenprune.nncec.report import write_report
 from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work
+from greenprune.pruning import cost, record
 from greenprune.registry import Target, device_kind, load_target
 from greenprune.runtime import decide
 from greenprune_calibration.samples import draw_balanced
@@ -52,8 +53,8 @@ def stages(target: str) -> list[Stage]:
         Stage(certified, certify, needs=(raced, "selector"), depends=of("certify")),
         Stage(bundled, write_bundle, needs=("calibrate", compiled, certified)),
         Stage(benched, measure, needs=(bundled,), depends=_bench_depends),
-        Stage(accounted, account, needs=(benched,), depends=of("account")),
-        Stage(f"report-{target}", report, needs=(accounted,)),
+        Stage(accounted, account, needs=(benched,), depends=of("account"), version=2),
+        Stage(f"report-{target}", report, needs=(accounted,), version=2),
     ]
 
 
@@ -317,6 +318,13 @@ def network_results(job: Job, variant: str) -> dict[str, Any]:
     return job.results(_network_stage(variant))
 
 
+def layer_macs(job: Job, variant: str) -> dict[str, int]:
+    """MACs of each layer of ``variant`` for one sample, in the order of execution."""
+    network, _ = record.load_network(_network_folder(job, variant))
+    shape = bundle.open_bundle(bundle_folder(job)).manifest.input.shape
+    return cost.per_layer(network, torch.zeros(1, *(size or 1 for size in shape[1:])))
+
+
 def _variant(job: Job, variant: str) -> bundle.Variant:
     described = network_results(job, variant)
     return bundle.Variant(
@@ -374,17 +382,25 @@ def results_of(job: Job) -> Results:
 
 def account(work: Work) -> dict[str, Any]:
     """The carbon account: what the stages cost, what an inference costs, when it has paid."""
-    job, settings = work.job, work.job.recipe.account
-    made = accounting.account(
-        ledger.read(job.folder / LEDGER_FILE),
-        results_of(job),
-        intensity_g_per_kwh=settings.intensity_g_per_kwh,
-        pue=settings.pue,
-        inferences=settings.inferences,
-    )
+    rows = ledger.read(work.job.folder / LEDGER_FILE)
+    made = account_from(work.job, ledger.Content(rows=rows, unreadable=()))
     content: dict[str, Any] = schema.encode(made)
     storage.write_json(work.folder / "account.json", content)
     return {}
+
+
+def account_from(job: Job, entered: ledger.Content, **changes: Any) -> accounting.Account:
+    """The account of these rows by the recipe's settings; ``changes`` are arguments of
+    :func:`greenprune.nncec.account.account` that go before them."""
+    settings = job.recipe.account
+    terms: dict[str, Any] = {
+        "intensity_g_per_kwh": settings.intensity_g_per_kwh,
+        "pue": settings.pue,
+        "inferences": settings.inferences,
+        "runtime": default_runtime(job),
+        "unreadable": entered.unreadable,
+    }
+    return accounting.account(entered.rows, results_of(job), **(terms | changes))
 
 
 def read_account(job: Job) -> dict[str, Any]:
@@ -403,5 +419,5 @@ def report(work: Work) -> dict[str, Any]:
     """The page for people."""
     from greenprune.summary import report_input
 
-    write_report(work.folder / "report.html", **report_input(work.job))
+    write_report(work.folder / "report.html", **report_input(work.job, account_of(work.job)))
     return {}

@@ -4,27 +4,60 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from greenprune import schema
+from greenprune._version import __version__
+from greenprune.bundle import Preprocessing
 from greenprune.errors import ExportError, MissingPackageError
+
+if TYPE_CHECKING:
+    from onnx_ir import Model, Value
 
 OPSET = 20
 """fp16 and int8 Q/DQ check from 19 on; ONNX Runtime's static quantisation stops below 21."""
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest output, that float32 reordering explains."""
 
+PREFIX = "greenprune."
+"""Of every key that is ours in a graph's ``metadata_props``."""
+MEANINGS = {
+    "input": "normalised images",
+    "logits": "a number for each class, not normalised; the largest is the answer",
+    "score": "how far the answer can be trusted; accept it where score >= threshold",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a graph says of itself to whoever has the file alone."""
+
+    variant: str
+    """``dense``, ``mild`` or ``aggressive``."""
+    class_names: tuple[str, ...]
+    """In the order of the logits."""
+    preprocessing: Preprocessing | None
+    """From a decoded image to ``input``; None: the data came prepared."""
+
 
 def export_onnx(
-    network: nn.Module, example: Tensor, path: Path, output_names: Sequence[str]
+    network: nn.Module,
+    example: Tensor,
+    path: Path,
+    output_names: Sequence[str],
+    description: Description | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Write ``network`` as an ONNX graph with a free batch and check it with ONNX Runtime.
 
@@ -33,6 +66,8 @@ def export_onnx(
         example: float32 [N, C, H, W], N >= 2, normalised images to check with.
         path: the ``.onnx`` file to write; weights are inside it.
         output_names: one for each output.
+        description: goes into the graph's ``metadata_props``, beside what is always there: see
+            ``docs/targets.md``.
 
     Returns:
         The network's own answers to ``example``, by output name.
@@ -58,18 +93,19 @@ def export_onnx(
         )
     try:
         with _quiet():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 network,
                 (example[:2],),
-                path,
                 input_names=["input"],
                 output_names=list(output_names),
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=OPSET,
                 dynamo=True,
-                external_data=False,
                 verbose=False,
             )
+        assert program is not None  # dynamo=True
+        _describe(program.model, description)
+        program.save(path, external_data=False)
         onnx.checker.check_model(path, full_check=True)
     except OSError:
         raise
@@ -84,6 +120,43 @@ def export_onnx(
     }
     check(path, example, references)
     return references
+
+
+def _describe(model: Model, description: Description | None) -> None:
+    """Write our metadata, and drop the exporter's: it quotes the source lines that each node came
+    from, with their paths on the disk of whoever exports."""
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    content: dict[str, Any] = {
+        "version": __version__,
+        "opset": OPSET,
+        "inputs": {value.name: _tensor(value) for value in model.graph.inputs},
+        "outputs": {value.name: _tensor(value) for value in model.graph.outputs},
+    }
+    if description is not None:
+        content |= _described(description)
+    for key, value in content.items():
+        told = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        model.metadata_props[PREFIX + key] = told
+
+
+def _tensor(value: Value) -> dict[str, Any]:
+    """Shape (a name where it is free), type and, of a name that we give, meaning."""
+    shape = [size if isinstance(size, int) else str(size) for size in value.shape or ()]
+    meaning = {"meaning": MEANINGS[value.name]} if value.name in MEANINGS else {}
+    return {"shape": shape, "dtype": "float32", **meaning}
+
+
+def _described(description: Description) -> dict[str, Any]:
+    content: dict[str, Any] = schema.encode(description)
+    if content["preprocessing"] is not None:
+        content["preprocessing"] |= {
+            "image": "uint8 [height, width, channels], RGB or grey",
+            "range": [0, 255],
+            "formula": "(image / 255 - mean) / std",
+        }
+    return content
 
 
 def check(path: Path, example: Tensor, references: dict[str, NDArray[np.float32]]) -> float:

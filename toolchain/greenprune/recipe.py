@@ -230,8 +230,8 @@ class BenchSettings:
 class AccountSettings:
     """The carbon account."""
 
-    intensity_g_per_kwh: Positive = 445.0
-    pue: Annotated[float, Meta(ge=1.0)] = 1.0
+    intensity_g_per_kwh: Annotated[float, Meta(gt=0.0, le=2000.0)] = 445.0
+    pue: Annotated[float, Meta(ge=1.0, le=5.0)] = 1.0
     inferences: AtLeastOne = 1_000_000
 
 

@@ -171,8 +171,27 @@ def load_target(name: str) -> Target:
         raise TargetError(f"unknown target '{name}'{hint}; expected one of: {', '.join(known)}")
     module, _, attribute = place.partition(":")
     try:
-        return cast(Target, getattr(import_module(module), attribute)())
-    except (ImportError, AttributeError) as error:
+        target = getattr(import_module(module), attribute)()
+    except Exception as error:  # another package's code: whatever stops it, the others stay
         raise TargetError(
             f"target '{name}': {place} cannot be loaded: {error}; install its package again"
         ) from error
+    _check_target(target, name, place)
+    return cast(Target, target)
+
+
+def _check_target(target: Any, name: str, place: str) -> None:
+    """Raises TargetError, with what is missing, where a package's class is no :class:`Target`."""
+    methods = (key for key, value in vars(Target).items() if callable(value) and key[0] != "_")
+    missing = [key for key in (*Target.__annotations__, *methods) if not hasattr(target, key)]
+    if missing:
+        raise TargetError(
+            f"target '{name}': {place} lacks {', '.join(missing)}; expected all that "
+            "greenprune.registry.Target names: see docs/targets.md"
+        )
+    if target.name != name or not isinstance(target.capabilities, Capabilities):
+        raise TargetError(
+            f"target '{name}': {place}: expected the name '{name}', as its entry point has it, and "
+            f"greenprune.registry.Capabilities; found '{target.name}' and "
+            f"{type(target.capabilities).__name__}"
+        )

@@ -290,7 +290,13 @@ def export_graphs(work: Work) -> dict[str, Any]:
     sizes = {}
     for variant, (network, names) in networks.items():
         path = work.folder / f"{variant}.onnx"
-        for name, answer in onnx_export.export_onnx(network, example, path, names).items():
+        description = onnx_export.Description(
+            variant=variant,
+            class_names=job.data.class_names,
+            preprocessing=job.data.preprocessing,
+        )
+        answers = onnx_export.export_onnx(network, example, path, names, description)
+        for name, answer in answers.items():
             storage.save_array(work.folder / f"{variant}_{name}.npy", answer)
         sizes[variant] = path.stat().st_size
     return {"bytes": sizes, "opset": onnx_export.OPSET}

@@ -12,6 +12,7 @@ from greenprune import deployment
 from greenprune.bundle import VARIANTS as NETWORKS
 from greenprune.harness import Results
 from greenprune.harness.environment import describe_environment
+from greenprune.nncec.account import Account
 from greenprune.pipeline import Job, read_stage
 
 VARIANTS = (*NETWORKS, "pair")
@@ -96,9 +97,10 @@ def _pair_cost(job: Job, coverage: float) -> tuple[int, int]:
     return macs, aggressive["params"] + mild["params"]
 
 
-def report_input(job: Job) -> dict[str, Any]:
+def report_input(job: Job, account: Account) -> dict[str, Any]:
     """The arguments of :func:`greenprune.nncec.report.write_report` beside its path."""
     pruned = job.results("prune")
+    certified = job.results(f"certify-{job.recipe.compile.target}")
     results = deployment.results_of(job)
     summary = {
         "name": job.recipe.name,
@@ -108,9 +110,11 @@ def report_input(job: Job) -> dict[str, Any]:
             {key: stage[key] for key in ("stage", "seconds", "energy")} for stage in _stages(job)
         ],
         "variants": {variant: _variant(job, variant, results) for variant in VARIANTS},
-        "selector": {
-            **job.results("selector"),
-            **job.results(f"certify-{job.recipe.compile.target}"),
+        "selector": {**job.results("selector"), **certified},
+        "dial": {
+            "runtime": deployment.default_runtime(job),
+            "reference": job.recipe.certify.reference,
+            "table": certified["table"],
         },
         "widths": [
             {
@@ -121,13 +125,19 @@ def report_input(job: Job) -> dict[str, Any]:
             }
             for layer, width in pruned["mild"]["dense_widths"].items()
         ],
+        "layer_macs": _layer_macs(job),
         "caveats": _caveats(job, results),
     }
-    return {
-        "run_summary": summary,
-        "results": results,
-        "account": deployment.account_of(job),
-    }
+    return {"run_summary": summary, "results": results, "account": account}
+
+
+def _layer_macs(job: Job) -> list[dict[str, Any]]:
+    """MACs of each layer in each network; 0 in a network that has lost the layer."""
+    counted = {name: deployment.layer_macs(job, name) for name in NETWORKS}
+    return [
+        {"layer": layer, **{name: counted[name].get(layer, 0) for name in NETWORKS}}
+        for layer in counted["dense"]
+    ]
 
 
 def _caveats(job: Job, results: Results) -> list[str]:

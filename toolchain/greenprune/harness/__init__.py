@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from greenprune.harness.bundle_race import BundleRace, race_bundles
 from greenprune.harness.environment import describe_environment, diagnose
+from greenprune.harness.files import read_results, write_results
 from greenprune.harness.presets import PRESETS
 from greenprune.harness.protocol import bench
-from greenprune.harness.results import Candidate, Results, read_results, write_results
+from greenprune.harness.regression import Comparison, compare_results
+from greenprune.harness.results import Candidate, Results
 
 __all__ = [
     "PRESETS",
+    "BundleRace",
     "Candidate",
+    "Comparison",
     "Results",
     "bench",
+    "compare_results",
     "describe_environment",
     "diagnose",
+    "race_bundles",
     "read_results",
     "write_results",
 ]

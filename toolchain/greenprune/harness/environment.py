@@ -11,11 +11,19 @@ import platform
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 
 from greenprune._version import __version__
+from greenprune.harness.conditions import (
+    GpuState,
+    frequency_mhz,
+    gpus,
+    read_text,
+    temperatures_c,
+    throttle_events,
+)
 
 PACKAGES = (
     "numpy",
@@ -30,26 +38,62 @@ PACKAGES = (
 )
 
 
-def describe_environment(root: Path = Path("/")) -> dict[str, Any]:
+class Environment(TypedDict):
+    """The state of the machine; None for what cannot be read."""
+
+    cpu: str | None
+    cores: int | None
+    usable_cores: int
+    affinity: list[int] | None
+    """Processors that this process may use."""
+    governor: str | None
+    energy_preference: str | None
+    """EPP, the hint to processors that set their own clock."""
+    boost: bool | None
+    clocks_locked: bool | None
+    """Whether least and largest clock are one, as jetson_clocks makes them."""
+    power_mode: str | None
+    """Jetson's nvpmodel, or a laptop's platform profile."""
+    frequency_mhz: float | None
+    temperature_c: float | None
+    temperatures_c: dict[str, float]
+    throttle_events: int | None
+    """Since the start of the system."""
+    gpus: list[GpuState]
+    load_average: list[float]
+    virtual_machine: bool | None
+    container: bool
+    on_battery: bool | None
+    system: str
+    versions: dict[str, str]
+
+
+def describe_environment(root: Path = Path("/")) -> Environment:
     """The state of the machine as plain data.
 
     Args:
         root: where ``proc`` and ``sys`` are looked for.
     """
     cpufreq = root / "sys/devices/system/cpu/cpu0/cpufreq"
+    temperatures = temperatures_c()
     return {
         "cpu": cpu_model(root),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
-        "governor": _read(cpufreq / "scaling_governor"),
-        "energy_preference": _read(cpufreq / "energy_performance_preference"),
-        "frequency_mhz": _frequency_mhz(),
+        "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "governor": read_text(cpufreq / "scaling_governor"),
+        "energy_preference": read_text(cpufreq / "energy_performance_preference"),
         "boost": _boost(root),
-        "throttle_events": _throttle_events(root),
-        "temperature_c": hottest_c(),
+        "clocks_locked": _clocks_locked(cpufreq),
+        "power_mode": _power_mode(root),
+        "frequency_mhz": frequency_mhz(),
+        "temperature_c": max(temperatures.values(), default=None),
+        "temperatures_c": temperatures,
+        "throttle_events": throttle_events(root),
+        "gpus": gpus(),
         "load_average": list(os.getloadavg()),
         "virtual_machine": _is_virtual(root),
-        "container": (root / ".dockerenv").exists() or (root / "run/.containerenv").exists(),
+        "container": _in_container(root),
         "on_battery": _on_battery(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": versions(),
@@ -65,20 +109,11 @@ def usable_cores() -> int:
 
 def cpu_model(root: Path = Path("/")) -> str | None:
     """The processor's name."""
-    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model", "Hardware"):
             return value.strip()
     return platform.processor() or None
-
-
-def hottest_c() -> float | None:
-    """The highest temperature that a sensor reports, Celsius."""
-    if not hasattr(psutil, "sensors_temperatures"):  # Linux and FreeBSD have it
-        return None
-    sensors = psutil.sensors_temperatures()
-    readings = [entry.current for entries in sensors.values() for entry in entries]
-    return max(readings, default=None)
 
 
 def versions() -> dict[str, str]:
@@ -107,7 +142,7 @@ def diagnose(root: Path = Path("/")) -> dict[str, Any]:
         "cpu": state["cpu"],
         "threads": state["usable_cores"],
         "governor": state["governor"],
-        "power_mode": _power_mode(root),
+        "power_mode": state["power_mode"],
         "virtual_machine": state["virtual_machine"],
         "disk_free_gb": {
             str(place): round(shutil.disk_usage(place).free / 1e9, 1)
@@ -157,38 +192,28 @@ def _diagnose_targets() -> dict[str, dict[str, Any]]:
     return answer
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-
-
-def _frequency_mhz() -> float | None:
-    try:
-        frequency = psutil.cpu_freq()
-    except (OSError, NotImplementedError):
-        return None
-    return None if frequency is None else float(frequency.current)
-
-
 def _boost(root: Path) -> bool | None:
     cpu = root / "sys/devices/system/cpu"
-    no_turbo, boost = _read(cpu / "intel_pstate/no_turbo"), _read(cpu / "cpufreq/boost")
+    no_turbo, boost = read_text(cpu / "intel_pstate/no_turbo"), read_text(cpu / "cpufreq/boost")
     if no_turbo is not None:
         return no_turbo == "0"
     return None if boost is None else boost == "1"
 
 
-def _throttle_events(root: Path) -> int | None:
-    cpu = root / "sys/devices/system/cpu"
-    counts = [_read(path) for path in cpu.glob("cpu*/thermal_throttle/core_throttle_count")]
-    numbers = [int(count) for count in counts if count and count.isdigit()]
-    return sum(numbers) if numbers else None
+def _clocks_locked(cpufreq: Path) -> bool | None:
+    least, most = (read_text(cpufreq / f"scaling_{end}_freq") for end in ("min", "max"))
+    return None if least is None or most is None else least == most
+
+
+def _in_container(root: Path) -> bool:
+    if (root / ".dockerenv").exists() or (root / "run/.containerenv").exists():
+        return True
+    groups = read_text(root / "proc/1/cgroup") or ""
+    return any(word in groups for word in ("docker", "kubepods", "containerd", "lxc"))
 
 
 def _is_virtual(root: Path) -> bool | None:
-    text = _read(root / "proc/cpuinfo")
+    text = read_text(root / "proc/cpuinfo")
     return None if text is None else "hypervisor" in text.split()
 
 
@@ -198,7 +223,6 @@ def _on_battery() -> bool | None:
 
 
 def _power_mode(root: Path) -> str | None:
-    """Jetson's power mode, or the laptop's platform profile."""
-    return _read(root / "var/lib/nvpmodel/status") or _read(
+    return read_text(root / "var/lib/nvpmodel/status") or read_text(
         root / "sys/firmware/acpi/platform_profile"
     )

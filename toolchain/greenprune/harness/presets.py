@@ -9,12 +9,17 @@ from greenprune.errors import MeasurementError
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Durations in seconds; a warm-up ends when its last three slices' medians agree."""
+    """Durations in seconds; a warm-up ends when its last three slices' medians agree.
+
+    A window takes ``window_seconds``, ``window_inferences`` and ``counter_updates`` of the meter at
+    least, whichever is longest.
+    """
 
     name: str
     windows: int
     window_seconds: float
     window_inferences: int = 10
+    counter_updates: int = 100
     warmup_seconds: float = 2.0
     warmup_inferences: int = 10
     warmup_slice_seconds: float = 1.0
@@ -31,6 +36,7 @@ PRESETS = {
             name="quick",
             windows=6,
             window_seconds=0.2,
+            counter_updates=10,
             warmup_seconds=0.3,
             warmup_slice_seconds=0.1,
             warmup_cap_seconds=1.5,

@@ -9,11 +9,13 @@ falls on all alike, and ratios are paired by block.
 from __future__ import annotations
 
 import datetime
+import math
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ import filelock
 from greenprune import bundle as bundles
 from greenprune import schema
 from greenprune.errors import MeasurementError, TargetError
-from greenprune.harness.client import Client, WorkerError
-from greenprune.harness.environment import describe_environment, hottest_c, usable_cores
+from greenprune.harness.client import Client
+from greenprune.harness.conditions import hottest_c
+from greenprune.harness.environment import Environment, describe_environment, usable_cores
 from greenprune.harness.presets import Preset, find_preset
-from greenprune.harness.results import SCHEMA_VERSION, Candidate, MeasuredWindow, Results
-from greenprune.harness.summary import judge_all, summarise_candidate
+from greenprune.harness.results import SCHEMA_VERSION, MeasuredWindow, MeterRecord, Results
+from greenprune.harness.summary import settle, summarise_candidate
+from greenprune.harness.verdict import judge_all
 from greenprune.meters import open_meter
 from greenprune.progress import Advance, progress, say
 
@@ -35,8 +39,32 @@ LOAD_LIMIT_SECONDS = 900.0
 COOLED_WITHIN_C = 3.0
 COOL_DOWN_LIMIT_SECONDS = 120.0
 
-Key = tuple[str, str]
-"""Variant and runtime."""
+Key = tuple[str, ...]
+"""Variant and runtime; before them, in a race of bundles, whose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all candidates of a measurement share."""
+
+    preset: Preset
+    meter: MeterRecord
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the candidates' processes answered, by key."""
+
+    created: str
+    seconds: float
+    before: Environment
+    after: Environment
+    loaded: dict[Key, dict[str, Any]]
+    idle_watts: dict[Key, tuple[float | None, float | None]]
+    tries: dict[Key, list[MeasuredWindow]]
+    notes: list[str]
 
 
 def bench(
@@ -47,10 +75,12 @@ def bench(
     runtimes: Sequence[str] | None = None,
     threads: int = 0,
     seed: int = 0,
+    tdp_watts: float | None = None,
 ) -> Results:
     """Measure a bundle on this machine: latency and joules for each inference, batch 1.
 
-    One measurement runs on a machine at a time; a second one waits.
+    One measurement runs on a machine at a time; a second one waits. A window that is invalid for a
+    cause is run once more; one that is invalid twice fails the verdict, and stays marked.
 
     Args:
         bundle: the bundle's folder.
@@ -60,61 +90,132 @@ def bench(
         runtimes: runtimes to measure; None means all of the bundle that are installed here.
         threads: CPU threads of each candidate; 0 means one for each core.
         seed: of the order within blocks.
+        tdp_watts: thermal design power of the processors, for the estimate.
 
     Raises:
-        MeasurementError: a meter or a candidate failed, twice where a window was invalid.
+        MeasurementError: no such preset or meter, or a candidate's process failed.
         BundleError: the bundle is damaged.
         TargetError: none of the runtimes is installed here.
     """
-    from greenprune.registry import load_target
+    opened = open_checked(bundle)
+    chosen = choose_runtimes(opened.manifest, runtimes)
+    settings = settle_settings(preset, meter, threads, seed, tdp_watts)
+    keys = [(variant, runtime) for runtime in chosen for variant in VARIANTS]
+    measured = run_protocol({key: {"bundle": str(opened.path)} for key in keys}, settings)
+    return make_results(opened, keys, measured, settings)
 
-    chosen = find_preset(preset)
+
+def open_checked(bundle: Path) -> bundles.Bundle:
+    """The bundle, each file of it checked."""
     opened = bundles.open_bundle(Path(bundle).resolve())
     opened.verify()
-    keys = [
-        (variant, runtime)
-        for runtime in _choose_runtimes(opened.manifest, runtimes)
-        for variant in VARIANTS
-    ]
-    with open_meter(meter) as probe:
-        meter = probe.name  # settle 'auto' once: every worker must use the same
-        notes = [probe.note] if probe.note else []
-    if load_target(opened.manifest.target).capabilities.meters == ("simulated",):
-        notes.append(
-            f"'{opened.manifest.target}' is simulated: times and joules are those of this machine"
+    return opened
+
+
+def settle_settings(
+    preset: str, meter: str, threads: int, seed: int, tdp_watts: float | None
+) -> Settings:
+    """Find the preset, and settle ``auto`` once: every worker must use the same meter."""
+    chosen = find_preset(preset)
+    if tdp_watts is not None and not (tdp_watts > 0 and math.isfinite(tdp_watts)):
+        raise MeasurementError(f"TDP {tdp_watts:g} W: expected watts above zero")
+    with open_meter(meter, tdp_watts=tdp_watts) as probe:
+        record = MeterRecord(
+            name=probe.name,
+            provenance=probe.provenance,
+            scope=probe.scope,
+            note=probe.note,
+            period_seconds=probe.period_seconds,
+            tdp_watts=tdp_watts,
         )
-    threads = threads or usable_cores()
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Settings(preset=chosen, meter=record, threads=threads or usable_cores(), seed=seed)
+
+
+def run_protocol(requests: Mapping[Key, dict[str, Any]], settings: Settings) -> Measured:
+    """Load all candidates, each in its process, then idle, windows, idle.
+
+    Args:
+        requests: what each candidate's worker is told beside the settings.
+        settings: the same for all.
+    """
+    preset = settings.preset
     with one_at_a_time(), ExitStack() as stack:
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         start, before = time.monotonic(), describe_environment()
-        clients = start_workers(stack, keys)
-        total = 2 * len(keys) * (1 + chosen.windows) // 2 + 2
-        with progress(f"bench ({preset})", total) as advance:
-            request = {"bundle": str(opened.path), "threads": threads, "meter": meter}
-            loaded = _load(clients, request, chosen, advance)
-            idle_before = _idle(clients, chosen, advance)
-            windows = measure(clients, chosen, seed, advance)
-            idle_after = _idle(clients, chosen, advance)
-        after, seconds = describe_environment(), time.monotonic() - start
-    candidates = _summarise(keys, loaded, idle_before, idle_after, windows, seed)
+        clients = start_workers(stack, list(requests))
+        with progress(f"bench ({preset.name})", len(requests) * (1 + preset.windows)) as advance:
+            loaded = _load(clients, requests, settings, advance)
+            idle_before, why_before = _idle(clients, settings)
+            tries = measure(clients, preset, settings.seed, advance)
+            idle_after, why_after = _idle(clients, settings)
+        return Measured(
+            created=created,
+            seconds=time.monotonic() - start,
+            before=before,
+            after=describe_environment(),
+            loaded=loaded,
+            idle_watts={key: (idle_before[key], idle_after[key]) for key in requests},
+            tries=tries,
+            notes=list(dict.fromkeys([*why_before, *why_after])),
+        )
+
+
+def make_results(
+    opened: bundles.Bundle, keys: Sequence[Key], measured: Measured, settings: Settings
+) -> Results:
+    """The results of one bundle, whose candidates are ``keys``."""
+    settled = {key: settle(measured.tries[key]) for key in keys}
+    dense = {key[-1]: kept for key, (kept, _) in settled.items() if key[-2] == "dense"}
+    candidates = tuple(
+        summarise_candidate(
+            variant=key[-2],
+            runtime=key[-1],
+            loaded=measured.loaded[key],
+            idle_watts=measured.idle_watts[key],
+            windows=kept,
+            dense_windows=dense[key[-1]],
+            seed=settings.seed,
+            discarded=discarded,
+        )
+        for key, (kept, discarded) in settled.items()
+    )
+    notes = [*_notes(opened.manifest, settings.meter), *measured.notes]
+    preset = settings.preset.name
     return Results(
         schema=SCHEMA_VERSION,
         bundle=opened.manifest.name,
         target=opened.manifest.target,
-        created=created,
+        created=measured.created,
         preset=preset,
-        seed=seed,
-        threads=threads,
-        meter=meter,
-        seconds=seconds,
-        environment_before=before,
-        environment_after=after,
+        seed=settings.seed,
+        threads=settings.threads,
+        meter=settings.meter.name,
+        meter_record=settings.meter,
+        seconds=measured.seconds,
+        environment_before=measured.before,
+        environment_after=measured.after,
         candidates=candidates,
-        verdict=judge_all(candidates, preset, before, after, notes),
+        verdict=judge_all(candidates, preset, measured.before, measured.after, notes),
     )
 
 
-def _choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) -> list[str]:
+def _notes(manifest: bundles.Manifest, meter: MeterRecord) -> Iterator[str]:
+    from greenprune.registry import load_target
+
+    if meter.note:
+        yield meter.note
+    if meter.provenance is None:
+        yield "no joules: measured without a meter (--meter none)"
+    if meter.tdp_watts is not None and "estimate" not in meter.name:
+        yield f"the TDP is not used: the meter is {meter.name}, which estimates nothing"
+    if load_target(manifest.target).capabilities.meters == ("simulated",):
+        yield f"'{manifest.target}' is simulated: times and joules are those of this machine"
+    if manifest.samples.replay_inputs is None:
+        yield "the bundle carries no held-out images: its few reference inputs were replayed"
+
+
+def choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) -> list[str]:
+    """The bundle's runtimes that are asked for (None: all) and installed here."""
     from greenprune.registry import load_target, split_runtime
 
     built = list(manifest.variants["dense"].artifacts)
@@ -155,76 +256,97 @@ def one_at_a_time() -> Iterator[None]:
 def start_workers(stack: ExitStack, keys: Sequence[Key]) -> dict[Key, Client]:
     """A worker process for each candidate, ended with ``stack``."""
     clients = {}
-    for variant, runtime in keys:
-        client = Client(f"{variant} on {runtime}")
+    for key in keys:
+        client = Client(f"{', '.join(key[:-1])} on {key[-1]}")
         stack.callback(client.close)
-        clients[variant, runtime] = client
+        clients[key] = client
     return clients
 
 
 def _load(
-    clients: Mapping[Key, Client], request: dict[str, Any], preset: Preset, advance: Advance
+    clients: Mapping[Key, Client],
+    requests: Mapping[Key, dict[str, Any]],
+    settings: Settings,
+    advance: Advance,
 ) -> dict[Key, dict[str, Any]]:
     """Load and warm up one after the other: a warm-up beside another is not one."""
     loaded = {}
-    for (variant, runtime), client in clients.items():
-        loaded[variant, runtime] = client.ask(
+    for key, client in clients.items():
+        loaded[key] = client.ask(
             "load",
             LOAD_LIMIT_SECONDS,
-            variant=variant,
-            runtime=runtime,
-            preset=schema.encode(preset),
-            **request,
+            variant=key[-2],
+            runtime=key[-1],
+            threads=settings.threads,
+            meter=settings.meter.name,
+            tdp_watts=settings.meter.tdp_watts,
+            period_seconds=settings.meter.period_seconds,
+            preset=schema.encode(settings.preset),
+            **requests[key],
         )
         advance()
     return loaded
 
 
 def _idle(
-    clients: Mapping[Key, Client], preset: Preset, advance: Advance
-) -> dict[Key, float | None]:
-    """Watts of each candidate while all are loaded and none works; None unless measured, as an
-    estimate by CPU time knows no idle power."""
+    clients: Mapping[Key, Client], settings: Settings
+) -> tuple[dict[Key, float | None], list[str]]:
+    """Watts of each candidate while all are loaded and none works, and why they are missing.
+
+    None without asking unless the meter measures: an estimate by CPU time knows no idle power.
+    """
+    if not (settings.meter.provenance or "").startswith("measured"):
+        return dict.fromkeys(clients), []
     for client in clients.values():
-        client.send("idle", seconds=preset.idle_seconds)
+        client.send("idle")
     watts: dict[Key, float | None] = {}
+    problems = []
     for key, client in clients.items():
-        energy = client.receive(preset.idle_seconds + 60)["energy"]
-        measured = energy is not None and energy["provenance"].startswith("measured")
-        watts[key] = energy["value"] / energy["seconds"] if measured else None
-    advance()
-    return watts
+        answer = client.receive(_limit_seconds(settings.preset))
+        energy = answer["energy"]
+        watts[key] = energy["value"] / energy["seconds"] if energy else None
+        if energy is None:
+            problems.append(f"{client.name}: no idle power, so no net joules: {answer['problem']}")
+    return watts, problems
+
+
+def _limit_seconds(preset: Preset) -> float:
+    """How long a window may take before its process counts as hung; no counter makes it so long."""
+    return 20.0 * max(preset.window_seconds, preset.idle_seconds) + 600.0
 
 
 def measure(
     clients: Mapping[Key, Client], preset: Preset, seed: int, advance: Advance
 ) -> dict[Key, list[MeasuredWindow]]:
-    """Windows of each candidate, a block after the other, in an order drawn anew for each."""
+    """Windows of each candidate, a block after the other, in an order drawn anew for each.
+
+    A block has two of a candidate where the first was invalid; see :func:`settle`.
+    """
     draw, started_c = random.Random(seed), hottest_c()
-    windows: dict[Key, list[MeasuredWindow]] = {key: [] for key in clients}
+    tries: dict[Key, list[MeasuredWindow]] = {key: [] for key in clients}
     for block in range(preset.windows):
         if block:
             _cool_down(started_c, preset)
         order = list(clients)
         draw.shuffle(order)
         for position, key in enumerate(order):
-            windows[key].append(_window(clients[key], preset, block, position))
+            tries[key] += _window(clients[key], preset, block, position, started_c)
             advance()
-    return windows
+    return tries
 
 
-def _window(client: Client, preset: Preset, block: int, order: int) -> MeasuredWindow:
-    """One window; one that was invalid for a cause is run once more, and says so."""
-    limit, rerun = 20 * preset.window_seconds + 600, ""
-    try:
-        answer = client.ask("window", limit)
-    except WorkerError as error:
-        if error.kind != MeasurementError.__name__:
-            raise
-        rerun = str(error)
-        answer = client.ask("window", limit)
-    content = {"block": block, "order": order, "rerun": rerun, **answer}
-    return schema.decode(content, MeasuredWindow, client.name, MeasurementError)
+def _window(
+    client: Client, preset: Preset, block: int, order: int, started_c: float | None
+) -> list[MeasuredWindow]:
+    """One window; after one that was invalid for a cause, once another, cooled down."""
+    tries: list[MeasuredWindow] = []
+    while len(tries) < 2 and (not tries or tries[-1].invalid):
+        if tries:
+            _cool_down(started_c, preset)
+        answer = client.ask("window", _limit_seconds(preset))
+        content = {"block": block, "order": order, **answer}
+        tries.append(schema.decode(content, MeasuredWindow, client.name, MeasurementError))
+    return tries
 
 
 def _cool_down(started_c: float | None, preset: Preset) -> None:
@@ -237,25 +359,3 @@ def _cool_down(started_c: float | None, preset: Preset) -> None:
     limit = time.monotonic() + COOL_DOWN_LIMIT_SECONDS
     while (hottest_c() or started_c) > started_c + COOLED_WITHIN_C and time.monotonic() < limit:
         time.sleep(1.0)
-
-
-def _summarise(
-    keys: Sequence[Key],
-    loaded: Mapping[Key, dict[str, Any]],
-    idle_before: Mapping[Key, float | None],
-    idle_after: Mapping[Key, float | None],
-    windows: Mapping[Key, list[MeasuredWindow]],
-    seed: int,
-) -> tuple[Candidate, ...]:
-    return tuple(
-        summarise_candidate(
-            variant=variant,
-            runtime=runtime,
-            loaded=loaded[variant, runtime],
-            idle_watts=(idle_before[variant, runtime], idle_after[variant, runtime]),
-            windows=windows[variant, runtime],
-            dense_windows=windows["dense", runtime],
-            seed=seed,
-        )
-        for variant, runtime in keys
-    )

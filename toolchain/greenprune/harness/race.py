@@ -13,6 +13,7 @@ from greenprune.harness import protocol
 from greenprune.harness.environment import usable_cores
 from greenprune.harness.presets import Preset, find_preset
 from greenprune.harness.statistics import Interval, order_interval, paired_ratio
+from greenprune.harness.summary import mean_latencies_ms, settle
 from greenprune.progress import progress
 
 PRESET = replace(find_preset("quick"), name="race", windows=7, window_seconds=0.3, idle_seconds=0.0)
@@ -92,8 +93,8 @@ def race(
                     **request,
                 )
                 advance()
-            windows = protocol.measure(clients, preset, seed, advance)
-    means = {key: [w.latency.mean_ns / 1e6 for w in found] for key, found in windows.items()}
+            tries = protocol.measure(clients, preset, seed, advance)
+    means = {key: mean_latencies_ms(settle(found)[0]) for key, found in tries.items()}
     together = {
         name: [sum(block) for block in zip(*(means[v, name] for v in networks), strict=True)]
         for name, networks in artifacts.items()

@@ -1,22 +1,21 @@
-"""What a measurement found: plain records, written whole and read back strictly."""
+"""What a measurement found: plain records (:mod:`greenprune.harness.files` writes them)."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from greenprune import schema, storage
 from greenprune.bundle import Provenance
 from greenprune.errors import MeasurementError
+from greenprune.harness.conditions import Conditions
+from greenprune.harness.environment import Environment
 from greenprune.harness.statistics import Interval, Latency
 from greenprune.meters.energy import Energy
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,10 @@ class MeasuredWindow:
     inferences: int
     latency: Latency
     energy: Energy | None
-    """Of the whole window, gross; None without a meter."""
-    rerun: str = ""
-    """Why a first try was thrown away; the reason is never its value."""
+    """Of the whole window, gross; None without a meter, or where it failed."""
+    conditions: Conditions
+    invalid: str = ""
+    """The cause for which this window does not count; never its value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,29 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeterRecord:
+    """Where the joules came from."""
+
+    name: str
+    provenance: Provenance | None
+    """None without a meter."""
+    scope: str
+    note: str
+    period_seconds: float | None
+    """Measured time between two updates of the counter; None where there is no counter."""
+    tdp_watts: float | None
+    """What the user said of the processor, for the estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One variant on one runtime.
 
     ``latency_ms`` has ``min``, ``p50``, ``p90``, ``p95``, ``p99`` (None below 662 samples a
-    window) and ``mean``: medians over windows. ``speedup`` is the dense network's mean latency over
-    this one's on the same runtime, paired by block; the mean, as a pair's median hides the inputs
-    that it answers twice. ``energy_ratio`` is this one's energy over the dense network's.
+    window), ``p99.9`` (None below 6,636) and ``mean``: medians over windows. ``speedup`` is the
+    dense network's mean latency over this one's on the same runtime, paired by block; the mean, as
+    a pair's median hides the inputs that it answers twice. ``energy_ratio`` is this one's energy
+    over the dense network's.
     """
 
     variant: str
@@ -83,6 +99,9 @@ class Candidate:
     idle_watts_before: float | None
     idle_watts_after: float | None
     windows: tuple[MeasuredWindow, ...]
+    """One a block; one that is marked invalid was so twice, and the verdict says it."""
+    discarded: tuple[MeasuredWindow, ...]
+    """First tries that were invalid for a cause, and were run again."""
     latency_ms: dict[str, Interval | None]
     latency_cov: float
     """Between the inferences of a window; median over windows."""
@@ -109,9 +128,10 @@ class Results:
     seed: int
     threads: int
     meter: str
+    meter_record: MeterRecord
     seconds: float
-    environment_before: dict[str, Any]
-    environment_after: dict[str, Any]
+    environment_before: Environment
+    environment_after: Environment
     candidates: tuple[Candidate, ...]
     verdict: Verdict
 
@@ -134,28 +154,3 @@ class Results:
         from greenprune.harness.table import results_table
 
         return results_table(self)
-
-
-def write_results(path: Path, results: Results) -> None:
-    """Write JSON, raw windows included, atomically."""
-    storage.write_json(path, schema.encode(results))
-
-
-def read_results(path: Path) -> Results:
-    """Read what :func:`write_results` wrote.
-
-    Raises:
-        MeasurementError: the file is missing, not JSON, or of another schema.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MeasurementError(
-            f"{path}: expected results written by greenprune-bench: {error}"
-        ) from error
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != SCHEMA_VERSION:
-        raise MeasurementError(
-            f"{path}: results of schema {found}, this version reads {SCHEMA_VERSION}; measure again"
-        )
-    return schema.decode(content, Results, str(path), MeasurementError)

@@ -1,21 +1,13 @@
-"""From windows to numbers, and from numbers to a verdict."""
+"""From windows to numbers; :mod:`greenprune.harness.verdict` judges them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from greenprune.harness.results import Candidate, InferenceEnergy, MeasuredWindow, Verdict
-from greenprune.harness.statistics import (
-    Interval,
-    coefficient_of_variation,
-    order_interval,
-    paired_ratio,
-)
-
-COV_NOTED, COV_FAILS = 0.01, 0.05
-IDLE_DRIFT = 0.05
-BUSY_LOAD_SHARE = 0.5
+from greenprune.harness.results import Candidate, InferenceEnergy, MeasuredWindow
+from greenprune.harness.statistics import Interval, order_interval, paired_ratio
+from greenprune.harness.verdict import judge_candidate
 
 
 def summarise_candidate(
@@ -27,10 +19,9 @@ def summarise_candidate(
     windows: Sequence[MeasuredWindow],
     dense_windows: Sequence[MeasuredWindow],
     seed: int,
+    discarded: Sequence[MeasuredWindow] = (),
 ) -> Candidate:
     """The record of one candidate; ``dense_windows`` are the same blocks' on the same runtime."""
-    medians = [window.latency.p50_ns for window in windows]
-    energies, dense_energies = _millijoules(windows), _millijoules(dense_windows)
     return Candidate(
         variant=variant,
         runtime=runtime,
@@ -38,22 +29,65 @@ def summarise_candidate(
         idle_watts_before=idle_watts[0],
         idle_watts_after=idle_watts[1],
         windows=tuple(windows),
+        discarded=tuple(discarded),
         latency_ms=latency_ms(windows),
         latency_cov=order_interval([window.latency.cov for window in windows]).value,
         energy_mj=inference_energy(windows, idle_watts),
-        speedup=paired_ratio(_means(dense_windows), _means(windows), seed),
-        energy_ratio=(
-            paired_ratio(energies, dense_energies, seed) if energies and dense_energies else None
-        ),
-        verdict=_judge(loaded["steady"], windows, medians, idle_watts),
+        speedup=latency_ratio(dense_windows, windows, seed),
+        energy_ratio=energy_ratio(windows, dense_windows, seed),
+        verdict=judge_candidate(loaded["steady"], windows, discarded, idle_watts),
     )
+
+
+def settle(
+    tries: Sequence[MeasuredWindow],
+) -> tuple[list[MeasuredWindow], list[MeasuredWindow]]:
+    """The windows that count, the last try of each block, and those that were run again."""
+    last = {window.block: window for window in tries}
+    return list(last.values()), [window for window in tries if window is not last[window.block]]
+
+
+def latency_ratio(
+    over: Sequence[MeasuredWindow], under: Sequence[MeasuredWindow], seed: int
+) -> Interval:
+    """Mean latency of ``over`` for that of ``under``, the same blocks, paired by block."""
+    return paired_ratio(
+        [window.latency.mean_ns for window in over],
+        [window.latency.mean_ns for window in under],
+        seed,
+    )
+
+
+def energy_ratio(
+    over: Sequence[MeasuredWindow], under: Sequence[MeasuredWindow], seed: int
+) -> Interval | None:
+    """The same of joules for each inference, by the blocks where both have them; None of none."""
+    pairs = [
+        (a.energy.value / a.inferences, b.energy.value / b.inferences)
+        for a, b in zip(over, under, strict=True)
+        if a.energy is not None and b.energy is not None
+    ]
+    if not pairs:
+        return None
+    return paired_ratio([a for a, _ in pairs], [b for _, b in pairs], seed)
+
+
+def mean_latencies_ms(windows: Sequence[MeasuredWindow]) -> list[float]:
+    """Of each window, milliseconds."""
+    return [window.latency.mean_ns / 1e6 for window in windows]
+
+
+def energies_mj(windows: Sequence[MeasuredWindow]) -> list[float]:
+    """Of one inference, millijoules, of each window that has them."""
+    return [1e3 * w.energy.value / w.inferences for w in windows if w.energy is not None]
 
 
 def latency_ms(windows: Sequence[MeasuredWindow]) -> dict[str, Interval | None]:
     """Each statistic's median over windows, milliseconds."""
     statistics: dict[str, Interval | None] = {}
-    for name in ("min", "p50", "p90", "p95", "p99", "mean"):
-        values = [getattr(window.latency, f"{name}_ns") for window in windows]
+    for name in ("min", "p50", "p90", "p95", "p99", "p99.9", "mean"):
+        field = f"{name.replace('.', '_')}_ns"
+        values = [getattr(window.latency, field) for window in windows]
         known = None not in values
         statistics[name] = order_interval([value / 1e6 for value in values]) if known else None
     return statistics
@@ -92,59 +126,3 @@ def inference_energy(
         meter=first.meter,
         net_value=net,
     )
-
-
-def _means(windows: Sequence[MeasuredWindow]) -> list[float]:
-    return [window.latency.mean_ns for window in windows]
-
-
-def _millijoules(windows: Sequence[MeasuredWindow]) -> list[float]:
-    return [1e3 * w.energy.value / w.inferences for w in windows if w.energy is not None]
-
-
-def _judge(
-    steady: bool,
-    windows: Sequence[MeasuredWindow],
-    medians: Sequence[float],
-    idle_watts: tuple[float | None, float | None],
-) -> Verdict:
-    failures, notes = [], []
-    if not steady:
-        failures.append("not steady after the longest warm-up")
-    spread = coefficient_of_variation(medians)
-    if spread > COV_FAILS:
-        failures.append(f"window medians vary by {spread:.1%} (more than {COV_FAILS:.0%})")
-    elif spread > COV_NOTED:
-        notes.append(f"window medians vary by {spread:.1%}")
-    notes += [f"a window was measured again: {w.rerun}" for w in windows if w.rerun]
-    energy, (before, after) = windows[0].energy, idle_watts
-    if energy is not None and energy.provenance.startswith("measured") and before and after:
-        drift = abs(after - before) / before
-        if drift > IDLE_DRIFT:
-            notes.append(f"idle power drifted by {drift:.0%}: read net joules with care")
-    return Verdict(valid=not failures, failures=tuple(failures), notes=tuple(notes))
-
-
-def judge_all(
-    candidates: Sequence[Candidate],
-    preset: str,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    notes: Sequence[str],
-) -> Verdict:
-    """The verdict on the whole: it is valid where every candidate is and nothing throttled."""
-    failures = [f"{c.name}: {reason}" for c in candidates for reason in c.verdict.failures]
-    found = list(notes)
-    if preset == "quick":
-        found.append("preset quick: windows too short for a claim; use standard or report")
-    if (before["throttle_events"] or 0) < (after["throttle_events"] or 0):
-        failures.append("the processor throttled during the measurement")
-    if before["virtual_machine"]:
-        found.append("a virtual machine: other guests share the processor")
-    if before["governor"] not in (None, "performance"):
-        found.append(f"frequency governor is '{before['governor']}', not 'performance'")
-    if before["load_average"][0] > BUSY_LOAD_SHARE * before["usable_cores"]:
-        found.append(f"the machine was busy at the start: load {before['load_average'][0]:.1f}")
-    if before["on_battery"]:
-        found.append("on battery")
-    return Verdict(valid=not failures, failures=tuple(failures), notes=tuple(found))

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from greenprune import bundle as bundles
 from greenprune import schema
 from greenprune.errors import GreenpruneError, MeasurementError
+from greenprune.harness.conditions import conditions_since, read_conditions
 from greenprune.harness.presets import Preset
 from greenprune.harness.statistics import summarise
 from greenprune.meters import Meter, open_meter
-from greenprune.registry import Runner
+from greenprune.registry import Runner, load_target
 from greenprune.runtime.runners import check_bundled
 
 Array = NDArray[np.float32]
@@ -39,7 +40,11 @@ class Worker:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.preset = schema.decode(request["preset"], Preset, "preset", MeasurementError)
-        self.meter: Meter = open_meter(request["meter"])
+        self.meter: Meter = open_meter(request["meter"], tdp_watts=request.get("tdp_watts"))
+        # the parent measured the period once, so that all windows are of one length
+        updates = self.preset.counter_updates * (request.get("period_seconds") or 0.0)
+        self.window_seconds = max(self.preset.window_seconds, updates)
+        self.idle_seconds = max(self.preset.idle_seconds, updates)
         self.position = 0
         self.infer: Callable[[Array], Any]
         self.answer: Callable[[Array], Array]
@@ -48,9 +53,11 @@ class Worker:
         if "artifact" in request:  # of a race, before there is a bundle
             self.inputs = _one_by_one(np.load(request["inputs"], allow_pickle=False))
             self.targets = None
+            self.gpu = _has_gpu(request["target"])
             self._open_single(request["target"], Path(request["artifact"]), runtime, threads)
             return
         opened = bundles.open_bundle(Path(request["bundle"]))
+        self.gpu = _has_gpu(opened.manifest.target)
         self.inputs, self.targets = _replay(opened)
         if request["variant"] == "pair":
             self._open_pair(opened, runtime, threads)
@@ -61,8 +68,6 @@ class Worker:
             check_bundled(opened, variant, runtime, runner)
 
     def _open_single(self, target: str, artifact: Path, runtime: str, threads: int) -> Runner:
-        from greenprune.registry import load_target
-
         runner = load_target(target).open(artifact, runtime, threads)
         self.infer = runner.run
         self.answer = lambda image: runner.run(image)["logits"]
@@ -127,28 +132,42 @@ class Worker:
                 return True, inferences
         return False, inferences
 
-    def idle(self, seconds: float) -> dict[str, Any]:
-        """Joules while the network is loaded and nothing runs."""
-        with self.meter.measure() as window:
-            time.sleep(seconds)
-        return {"energy": schema.encode(window.energy)}
+    def idle(self) -> dict[str, Any]:
+        """Joules while the network is loaded and nothing runs; None, and why, where they fail."""
+        try:
+            with self.meter.measure() as window:
+                time.sleep(self.idle_seconds)
+        except MeasurementError as problem:
+            return {"energy": None, "problem": str(problem)}
+        return {"energy": schema.encode(window.energy), "problem": ""}
 
     def window(self) -> dict[str, Any]:
         """One measured window: no reading, printing or collecting inside it."""
+        seconds, inferences = self.window_seconds, self.preset.window_inferences
+        latencies, energy, invalid = None, None, ""
         gc.collect()
         gc.disable()
+        reading = read_conditions()
         try:
-            start = time.monotonic()
             with self.meter.measure() as window:
-                latencies = self._time(self.preset.window_seconds, self.preset.window_inferences)
-            seconds = time.monotonic() - start
+                start = time.monotonic()
+                latencies = self._time(seconds, inferences)
+                taken = time.monotonic() - start
+            energy = window.energy
+        except MeasurementError as problem:
+            if latencies is None:
+                raise
+            invalid = str(problem)
         finally:
             gc.enable()
+        conditions = conditions_since(reading, gpu=self.gpu)
         return {
-            "seconds": seconds,
+            "seconds": taken,
             "inferences": len(latencies),
             "latency": schema.encode(summarise(latencies)),
-            "energy": schema.encode(window.energy),
+            "energy": schema.encode(energy),
+            "conditions": schema.encode(conditions),
+            "invalid": invalid or conditions.throttled,
         }
 
     def _time(self, seconds: float, inferences: int) -> NDArray[np.int64]:
@@ -167,6 +186,11 @@ class Worker:
             latencies.append(now - before)
         self.position = position
         return np.asarray(latencies, dtype=np.int64)
+
+
+def _has_gpu(target: str) -> bool:
+    """Whether what slows a GPU down slows this target's runtimes."""
+    return "nvml" in load_target(target).capabilities.meters
 
 
 def _replay(opened: bundles.Bundle) -> tuple[list[Array], NDArray[np.int64] | None]:
@@ -199,7 +223,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
             elif worker is None:
                 raise MeasurementError(f"'{command}' before 'load'")
             elif command == "idle":
-                reply = {"answer": worker.idle(request["seconds"])}
+                reply = {"answer": worker.idle()}
             elif command == "window":
                 reply = {"answer": worker.window()}
             else:

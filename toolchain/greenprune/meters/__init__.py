@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from greenprune.meters.energy import Energy, label, weakest
-from greenprune.meters.meter import Meter, Window, diagnose_meters, open_meter
+from greenprune.meters.meter import Meter, Window
+from greenprune.meters.opening import diagnose_meters, open_meter
 
 __all__ = ["Energy", "Meter", "Window", "diagnose_meters", "label", "open_meter", "weakest"]

@@ -23,10 +23,10 @@ _WORDS: dict[Provenance, str] = {
 class Energy:
     """Joules over a stretch of time.
 
-    ``value``, ``low`` and ``high`` are joules, ``seconds`` the length of the stretch. For a counter
-    low and high equal the value, as no counter here states its own accuracy; for an estimate they
-    are the ends of the model's interval. ``scope`` says what the joules cover, ``note`` what a
-    reader must know.
+    ``value``, ``low`` and ``high`` are joules, ``seconds`` the length of the stretch. Of a meter
+    the interval holds what its ticks, samples and gaps leave open, not the error of the hardware,
+    which states none; of an estimate it is the model's. ``scope`` says what the joules cover,
+    ``note`` what a reader must know.
     """
 
     value: float

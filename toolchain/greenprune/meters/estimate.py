@@ -15,10 +15,12 @@ import threading
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 
 from greenprune.meters._pyjoules import Device, Domain
+from greenprune.meters.device import NamedDomain
 
 LOW_WATTS_PER_CORE = 4.0
 HIGH_WATTS_PER_CORE = 12.0
@@ -58,21 +60,20 @@ def _curve(load: float) -> float:
     return _CURVE[-1][1]
 
 
-class EstimateDomain(Domain):  # type: ignore[misc]
-    """One end of the model's interval, or its value."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
-
-    def get_device_type(self) -> str:
-        return "greenprune_estimate"
+def is_virtual(root: Path) -> bool:
+    """Whether the processor says that a hypervisor is below it; x86 alone tells."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("flags") and "hypervisor" in line.split() for line in lines)
 
 
 class EstimateDevice(Device):  # type: ignore[misc]
     """pyJoules device whose domains are ``low``, ``value`` and ``high``, in microjoules."""
+
+    may_be_zero = True
+    """Of an unknown processor an idle core takes nothing."""
 
     def __init__(self, tdp_watts: float | None) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class EstimateDevice(Device):  # type: ignore[misc]
 
     @staticmethod
     def available_domains() -> list[Domain]:
-        return [EstimateDomain(name) for name in ("low", "value", "high")]
+        return [NamedDomain(name) for name in ("low", "value", "high")]
 
     def get_energy(self) -> list[float]:
         """Microjoules since the device was opened: low, value, high."""
@@ -102,6 +103,13 @@ class EstimateDevice(Device):  # type: ignore[misc]
                     self._joules[index] += part * seconds
                 self._cpu_seconds, self._clock = cpu_seconds, clock
             return [joules * 1e6 for joules in self._joules]
+
+    def mark(self) -> None:
+        """Windows need no memory: the model's interval is all its doubt."""
+
+    def doubt_uj(self, start: None, end: None) -> float:
+        """None beside the model's interval."""
+        return 0.0
 
     def close(self) -> None:
         """Nothing is held open."""

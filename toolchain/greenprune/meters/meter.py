@@ -1,19 +1,32 @@
-"""Opening a meter and measuring a stretch of work with it."""
+"""A meter, and a stretch of work measured with it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from greenprune.bundle import Provenance
-from greenprune.errors import MeasurementError, NotAvailableError
-from greenprune.meters.energy import Energy
+from greenprune.errors import MeasurementError
+from greenprune.meters.energy import Energy, weakest
+from greenprune.meters.readers import Begun, Reader, Reading
 
-NAMES = ("auto", "rapl", "estimate", "none")
-LATER = ("nvml", "ina3221")
+WIDE = 0.005
+"""Half an interval as a share of its value, above which a measured window says so."""
+
+
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    """Whatever a device raises, a user's too, makes the window invalid and not the work."""
+    try:
+        yield
+    except MeasurementError:
+        raise
+    except Exception as error:
+        raise MeasurementError(
+            f"meter '{name}': the device failed: {type(error).__name__}: {error}; measure again"
+        ) from error
 
 
 class Window:
@@ -22,63 +35,82 @@ class Window:
     energy: Energy | None = None
 
 
-class Meter:
-    """A source of joules. Use :func:`open_meter`; windows may lie inside each other.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A device with its reader, and what its joules are."""
 
-    ``name`` is ``rapl``, ``estimate`` or ``none``.
+    reader: Reader
+    device: Any
+    provenance: Provenance
+    scope: str
+    note: str = ""
+
+
+class Meter:
+    """A source of joules, or several that add up. Use
+    :func:`~greenprune.meters.opening.open_meter`; windows may lie inside each other.
+
+    ``name`` opens the same meter again, ``provenance`` is the weakest of its sources' and None
+    where nothing is measured.
     """
 
-    def __init__(
-        self,
-        name: str,
-        device: Any = None,
-        *,
-        provenance: Provenance = "measured_counter",
-        scope: str = "",
-        note: str = "",
-    ) -> None:
+    def __init__(self, name: str, sources: Sequence[Source] = ()) -> None:
         self.name = name
-        self.provenance = provenance if device is not None else None
-        self.scope = scope
-        self.note = note
-        self._device = device
+        self.provenance: Provenance | None = weakest(source.provenance for source in sources)
+        self.scope = "; ".join(source.scope for source in sources)
+        self.note = "; ".join(source.note for source in sources if source.note)
+        self._sources = tuple(sources)
+
+    @property
+    def period_seconds(self) -> float | None:
+        """Between two updates of the slowest counter or sensor, measured when first asked for;
+        None of an estimate and of no meter. A window of 100 and more has a narrow interval.
+
+        Raises:
+            MeasurementError: a counter stands still or cannot be read.
+        """
+        periods = [source.reader.period_seconds for source in self._sources]
+        return max((period for period in periods if period is not None), default=None)
 
     @contextmanager
     def measure(self) -> Iterator[Window]:
         """Measure what runs inside ``with``; the window's energy is there after it.
 
+        A meter that fails does not stop the work: the error is raised after it.
+
         Raises:
-            MeasurementError: the counter could not be read, or did not move at all.
+            MeasurementError: the window is invalid, with the cause: a counter could not be read,
+                did not move, stood still, wrapped beyond repair, or samples are missing.
         """
         window = Window()
-        if self._device is None:
+        try:
+            with _failing(self.name):
+                begun = [source.reader.begin() for source in self._sources]
+        except MeasurementError:
             yield window
-            return
-        from greenprune.meters._pyjoules import EnergyMeter
-
-        # A trace of one sample only: pyJoules walks longer ones recursively. Its own durations
-        # come from a clock that can jump, so the seconds are ours.
-        meter = EnergyMeter([self._device])
-        meter.start()
-        start = time.monotonic()
+            raise
         try:
             yield window
         except BaseException:
             # what was spent is worth knowing; what went wrong is worth more than a failed reading
             with suppress(MeasurementError):
-                window.energy = self._read(meter, start)
+                window.energy = self._finish(begun)
             raise
-        window.energy = self._read(meter, start)
+        window.energy = self._finish(begun)
 
-    def _read(self, meter: Any, start: float) -> Energy:
-        seconds = time.monotonic() - start
-        meter.stop()
-        return self._energy(meter.get_trace()[0].energy, seconds)
+    def _finish(self, begun: Sequence[Begun]) -> Energy | None:
+        pairs = list(zip(self._sources, begun, strict=True))
+        with _failing(self.name):
+            for source, started in pairs:
+                source.reader.stop(started)
+            return self._energy([source.reader.finish(started) for source, started in pairs])
 
     def close(self) -> None:
-        """Stop the meter's background reading."""
-        if self._device is not None:
-            self._device.close()
+        """Stop the reading in the background."""
+        for source in self._sources:
+            close = getattr(source.device, "close", None)  # a user's device may have none
+            if close is not None:
+                close()
 
     def __enter__(self) -> Meter:
         return self
@@ -86,22 +118,20 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _energy(self, microjoules: dict[str, float], seconds: float) -> Energy:
-        if self.name == "estimate":
-            low, value, high = (microjoules[key] / 1e6 for key in ("low", "value", "high"))
-        else:
-            still = [
-                domain
-                for domain, value in microjoules.items()
-                if value <= 0 and domain.startswith("package")
-            ]
-            if still:
-                raise MeasurementError(
-                    f"meter '{self.name}': {', '.join(still)} did not move within {seconds:.3f} s; "
-                    "measure for longer, or use --meter estimate"
-                )
-            low = value = high = sum(microjoules.values()) / 1e6
-        assert self.provenance is not None
+    def _energy(self, readings: Sequence[Reading]) -> Energy | None:
+        if self.provenance is None:
+            return None
+        low, value, high = (
+            sum(getattr(reading, part) for reading in readings) / 1e6
+            for part in ("low_uj", "value_uj", "high_uj")
+        )
+        notes = [self.note, *(reading.note for reading in readings)]
+        half = max(high - value, value - low)
+        if self.provenance.startswith("measured") and half > WIDE * value:
+            notes.append(
+                f"the interval reaches {100 * half / value:.2g}% from the value; a longer window "
+                "narrows it"
+            )
         return Energy(
             value=value,
             low=low,
@@ -109,83 +139,6 @@ class Meter:
             provenance=self.provenance,
             scope=self.scope,
             meter=self.name,
-            seconds=seconds,
-            note=self.note,
+            seconds=max(reading.seconds for reading in readings),
+            note="; ".join(note for note in notes if note),
         )
-
-
-def open_meter(name: str = "auto", root: Path = Path("/"), tdp_watts: float | None = None) -> Meter:
-    """Open a meter.
-
-    Args:
-        name: ``rapl``, ``estimate``, ``none`` (no joules at all), or ``auto``: RAPL where a real
-            read shows its counters moving, else the estimate.
-        root: where ``sys/class/powercap`` is looked for.
-        tdp_watts: thermal design power of this machine's processors, for the estimate.
-
-    Raises:
-        MeasurementError: an unknown name, or the meter asked for cannot be read.
-        NotAvailableError: ``nvml`` and ``ina3221``.
-    """
-    if name in LATER:
-        raise NotAvailableError(f"the meter '{name}'; use --meter auto")
-    if name not in NAMES:
-        raise MeasurementError(f"meter '{name}': unknown; expected one of {', '.join(NAMES)}")
-    if name == "none":
-        return Meter("none")
-    if name == "rapl":
-        return _open_rapl(root)
-    if name == "estimate":
-        return _open_estimate(tdp_watts, "")
-    try:
-        meter = _open_rapl(root)
-    except MeasurementError as problem:
-        return _open_estimate(tdp_watts, f"no counter: {problem}")
-    if meter._device.proves():
-        return meter
-    meter.close()
-    return _open_estimate(tdp_watts, "no counter: RAPL is there, but stands still")
-
-
-def _open_rapl(root: Path) -> Meter:
-    from greenprune.meters.rapl import RaplDevice
-
-    device = RaplDevice(root)
-    domains = ", ".join(str(domain) for domain in device.get_configured_domains())
-    return Meter("rapl", device, scope=f"the whole machine's {domains}")
-
-
-def _open_estimate(tdp_watts: float | None, why: str) -> Meter:
-    from greenprune.meters.estimate import EstimateDevice
-
-    model = "unknown CPU, 4 to 12 W a busy core"
-    if tdp_watts is not None:
-        if tdp_watts <= 0:
-            raise MeasurementError(f"tdp_watts = {tdp_watts}: expected watts above zero")
-        model = f"TDP {tdp_watts:g} W x load of this process"
-    return Meter(
-        "estimate",
-        EstimateDevice(tdp_watts),
-        provenance="estimated_model",
-        scope="this process's and its children's share of the CPU",
-        note="; ".join(part for part in (f"ESTIMATE, {model}", why) if part),
-    )
-
-
-def diagnose_meters(root: Path = Path("/")) -> dict[str, dict[str, Any]]:
-    """Each meter: whether a real read works, why not, and the command that grants access."""
-    from greenprune.meters.rapl import access_command, find_zones
-
-    answer: dict[str, dict[str, Any]] = {}
-    for name in ("rapl", "estimate", *LATER):
-        entry: dict[str, Any] = {"works": True, "reason": "", "command": None}
-        try:
-            with open_meter(name, root) as meter:
-                if name == "rapl" and not meter._device.proves():
-                    entry.update(works=False, reason="the counters stand still")
-        except (MeasurementError, NotAvailableError) as problem:
-            entry.update(works=False, reason=str(problem))
-            if isinstance(problem.__cause__, PermissionError):
-                entry["command"] = access_command([zone.counter for zone in find_zones(root)])
-        answer[name] = entry
-    return answer

@@ -2,159 +2,101 @@
 
 Zones are found by what they are (a ``name`` and an ``energy_uj`` file), not by how their folders
 are numbered. Only packages and DRAM count: ``core`` and ``uncore`` lie inside the package, and
-``psys`` around it, so adding them would count joules twice. The counter wraps at
-``max_energy_range_uj``; a thread reads it each second, so that no wrap goes unseen.
+``psys`` around it, so adding them would count joules twice.
 """
 
 from __future__ import annotations
 
-import threading
-import time
+from functools import partial
 from pathlib import Path
 
 from greenprune.errors import MeasurementError
-from greenprune.meters._pyjoules import Device, Domain
-
-POLL_SECONDS = 1.0
-PROOF_SECONDS = 0.25
-
-
-class Zone:
-    """One counter, made cumulative: microjoules since it was opened."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.counter = folder / "energy_uj"
-        self._range = folder / "max_energy_range_uj"
-        self._last_uj: int | None = None
-        self._total_uj = 0
-
-    def read(self) -> int:
-        """Microjoules since the first read; the range is added once per backward step.
-
-        Raises:
-            MeasurementError: the counter cannot be read, or has wrapped and its range is unknown.
-        """
-        now_uj = _read_number(self.counter)
-        if self._last_uj is not None:
-            step_uj = now_uj - self._last_uj
-            if step_uj < 0:
-                step_uj += _read_number(self._range)
-            if step_uj < 0:
-                raise MeasurementError(
-                    f"{self.counter}: went back from {self._last_uj} to {now_uj} uJ, more than "
-                    f"{self._range.name} explains; the window is invalid: measure again"
-                )
-            self._total_uj += step_uj
-        self._last_uj = now_uj
-        return self._total_uj
+from greenprune.meters.clock import Clock
+from greenprune.meters.counters import Counter, CounterDevice
+from greenprune.meters.files import access_command, read_number, read_text
 
 
-def _read_number(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except PermissionError as error:
-        raise MeasurementError(
-            f"{path}: no permission to read the energy counter; run: {access_command([path])}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise MeasurementError(
-            f"{path}: expected a number of microjoules: {error}; "
-            "use --meter estimate where the counter does not work"
-        ) from error
-
-
-def access_command(counters: list[Path]) -> str:
-    """The command that lets every user read these counters until the next boot."""
-    return f"sudo chmod a+r {' '.join(str(path) for path in counters)}"
-
-
-def find_zones(root: Path) -> list[Zone]:
-    """The package and DRAM zones below ``root``; an empty list where there are none."""
+def find_counters(root: Path) -> dict[Path, str]:
+    """The energy files of packages and their DRAM below ``root``, and the zones' names."""
     powercap = root / "sys/class/powercap"
     folders = {
         found.parent.resolve(): None
         for pattern in ("*", "*/*", "*/*/*")
         for found in sorted(powercap.glob(f"{pattern}/energy_uj"))
     }
-    by_interface: dict[str, list[Zone]] = {}
+    by_interface: dict[str, dict[Path, str]] = {}
     for folder in sorted(folders):
-        name = (folder / "name").read_text().strip() if (folder / "name").is_file() else ""
+        name = _name(folder)
         if name.startswith("package") or name == "dram":
             # intel-rapl and intel-rapl-mmio are two views of the same packages: take one.
             interface = folder.name.partition(":")[0]
-            by_interface.setdefault(interface, []).append(Zone(folder, name))
-    usable = [key for key, zones in by_interface.items() if any(z.name != "dram" for z in zones)]
+            by_interface.setdefault(interface, {})[folder / "energy_uj"] = name
+    usable = [key for key, zones in by_interface.items() if set(zones.values()) != {"dram"}]
     if not usable:
-        return []
-    return by_interface["intel-rapl" if "intel-rapl" in usable else min(usable)]
+        return {}
+    zones = by_interface["intel-rapl" if "intel-rapl" in usable else min(usable)]
+    wholes = set(zones.values())
+    # a kernel names packages or their dies; should both be there, the package holds its dies
+    return {
+        path: name
+        for path, name in zones.items()
+        if name.partition("-die-")[0] == name or name.partition("-die-")[0] not in wholes
+    }
 
 
-class RaplDomain(Domain):  # type: ignore[misc]
-    """A package or its DRAM, in pyJoules' terms."""
-
-    def __init__(self, zone: Zone) -> None:
-        self.zone = zone
-
-    def __repr__(self) -> str:
-        return f"{self.zone.name} ({self.zone.counter.parent.name})"
-
-    def get_device_type(self) -> str:
-        return "greenprune_rapl"
+def protected_files(root: Path) -> list[Path]:
+    """What must be readable: the counters, and their ranges, which some kernels guard as well."""
+    counters = list(find_counters(root))
+    ranges = [path.parent / "max_energy_range_uj" for path in counters]
+    return counters + [path for path in ranges if path.exists()]
 
 
-class RaplDevice(Device):  # type: ignore[misc]
-    """pyJoules device of all package and DRAM zones, cumulative microjoules.
+def _name(folder: Path) -> str:
+    try:
+        return read_text(folder / "name").strip()
+    except OSError:
+        return ""
+
+
+def open_rapl(root: Path, clock: Clock) -> CounterDevice:
+    """The device of all package and DRAM counters.
 
     Raises:
-        MeasurementError: there is no zone, or one cannot be read.
+        MeasurementError: there is none, or one cannot be read; the message has the command that
+            grants access to all of them.
     """
-
-    def __init__(self, root: Path) -> None:
-        super().__init__()
-        zones = find_zones(root)
-        if not zones:
-            raise MeasurementError(
-                f"{root / 'sys/class/powercap'}: no RAPL package counter here (virtual machines "
-                "and containers rarely have one); --meter estimate needs none"
+    found = find_counters(root)
+    if not found:
+        raise MeasurementError(
+            f"{root / 'sys/class/powercap'}: no RAPL package counter here (virtual machines "
+            "and containers rarely have one); --meter estimate needs none"
+        )
+    try:
+        for path in found:
+            read_text(path)
+    except PermissionError as error:
+        raise MeasurementError(
+            f"{error.filename}: no permission to read RAPL; run: "
+            f"{access_command(protected_files(root))}"
+        ) from error
+    except OSError:
+        pass  # the device's first reading says it better
+    return CounterDevice(
+        [
+            Counter(
+                f"{name} ({path.parent.name})",
+                partial(read_number, path),
+                _range(path),
+                required=name != "dram",
             )
-        self._available_domains = [RaplDomain(zone) for zone in zones]
-        self.configure()
-        self._lock = threading.Lock()
-        self._problem: MeasurementError | None = None
-        self.get_energy()
-        self._stop = threading.Event()
-        threading.Thread(target=self._poll, name="rapl-poll", daemon=True).start()
+            for path, name in found.items()
+        ],
+        clock,
+    )
 
-    @staticmethod
-    def available_domains() -> list[Domain]:
-        """Empty: the domains depend on the root folder, which only an instance knows."""
-        return []
 
-    def get_energy(self) -> list[int]:
-        """Microjoules of each zone since the device was opened."""
-        with self._lock:
-            if self._problem is not None:
-                raise self._problem
-            return [domain.zone.read() for domain in self.get_configured_domains()]
-
-    def proves(self) -> bool:
-        """Whether the counters move: some virtual machines show one that stands still."""
-        first = self.get_energy()
-        deadline = time.monotonic() + PROOF_SECONDS
-        while time.monotonic() < deadline:
-            if self.get_energy() != first:
-                return True
-            time.sleep(0.002)
-        return False
-
-    def close(self) -> None:
-        self._stop.set()
-
-    def _poll(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            try:
-                self.get_energy()
-            except MeasurementError as problem:
-                self._problem = problem  # raised at the next reading of the window
-                return
+def _range(counter: Path) -> int | None:
+    try:
+        return read_number(counter.parent / "max_energy_range_uj")
+    except MeasurementError:
+        return None  # it matters only if the counter wraps

@@ -2,15 +2,19 @@
 
 NNCEC's own equations are not public; what follows is our reading, and claims no identity with them:
 
-- operational carbon: kgCO2e = kWh x PUE x intensity / 1000, PUE on the host's stages only (a
-  device in the field has none: 1.0);
+- operational carbon: kgCO2e = kWh x PUE x intensity / 1000. The host's stages have the host's
+  intensity and its PUE; inferences have the device's intensity and no PUE (1.0);
 - full cycle after N inferences: E(N) = E_train + E_prune + N e_inference, for the dense network
   without E_prune;
-- break-even: N* = E_prune / (e_dense - e_pruned). E_prune is every stage that is neither training
-  nor observing; export and compilation count in it whole, although dense needs a part of them.
+- break-even in joules: N* = E_prune / (e_dense - e_pruned); in carbon both sides are multiplied by
+  what their joules emit, N*_CO2 = N* x PUE x I_host / I_device. E_prune is every stage that is
+  neither training nor observing; export and compilation count in it whole, although dense needs a
+  part of them;
+- SCI (ISO/IEC 21031:2024) with R = one inference: ((E x I) + M) per R, E and M of the device alone;
+  training and pruning are in the life's total, not in the score.
 
-Embodied carbon of the hardware is not included. A stage that was not measured is named and makes
-the totals lower bounds; it is never counted as zero silently.
+Embodied carbon is included where the user gives the device's. A stage that was not measured is
+named and makes the totals lower bounds; it is never counted as zero silently.
 """
 
 from __future__ import annotations
@@ -25,11 +29,16 @@ from greenprune.harness.statistics import Interval
 from greenprune.meters.energy import weakest
 from greenprune.nncec.factors import Factor, user_supplied
 from greenprune.nncec.ledger import JOULES_PER_KWH, Quantity, Row
+from greenprune.nncec.life import Embodied, Fleet
 
 TRAINING = "train"
 OBSERVING = ("load", "bench", "account", "report")
 """Stages that look at the network and change nothing: in the totals, not in break-even."""
 TRAINED_ELSEWHERE = "training of the supplied weights"
+NOT_MEASURED = "inferences were not measured"
+UNREADABLE = "damaged lines of the ledger"
+"""Listed among the stages that were not measured; any stage may have been in such a line."""
+HIGHEST_PUE = 5.0
 EQUATIONS = "our reading; NNCEC's own equations are not public"
 
 
@@ -58,14 +67,25 @@ class VariantAccount:
 
     energy_mj: InferenceEnergy | None
     ugco2e: Quantity | None
+    """Of one inference's electricity, micrograms."""
+    sci_ugco2e: Quantity | None
+    """The score: ``ugco2e`` and one inference's share of the device's embodied carbon."""
     life_joules: Quantity | None
     life_kgco2e: Quantity | None
+    """With embodied carbon, where it is given."""
+    saved_kgco2e: Quantity | None
+    """Against the dense network over the life, what pruning cost deducted; below 0 is a loss."""
     break_even: BreakEven
+    """In joules."""
+    break_even_co2: BreakEven
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """The whole account; ``provenance`` is the weakest of all that went into it."""
+    """The whole account; ``provenance`` is the weakest of all that went into it.
+
+    ``total_kwh`` and ``total_kgco2e`` are the ledger's: spent so far, no inference in the field.
+    """
 
     stages: tuple[StageTotal, ...]
     unmeasured_stages: tuple[str, ...]
@@ -78,11 +98,22 @@ class Account:
     runtime: str | None
     inferences: int
     intensity: Factor
+    """Where the stages ran."""
+    device_intensity: Factor
+    """Where the inferences are made."""
     pue: float
+    fleet: Fleet | None
+    """Where ``inferences`` come from; None where their number was given by itself."""
+    embodied: Embodied | None
+    embodied_kgco2e: float | None
+    """Of the fleet; None: not included."""
     provenance: Provenance | None
     preset: str | None
-    embodied: str
+    valid: bool | None
+    """Whether the measurement of the inferences was; None where there was none."""
     equations: str
+    unreadable: tuple[str, ...]
+    """What is wrong with lines of the ledger that could not be counted."""
 
 
 def account(
@@ -90,42 +121,59 @@ def account(
     results: Results | None,
     *,
     intensity_g_per_kwh: float | Factor = 445.0,
+    device_intensity_g_per_kwh: float | Factor | None = None,
     pue: float = 1.0,
     inferences: int = 1_000_000,
+    fleet: Fleet | None = None,
+    embodied: Embodied | None = None,
     runtime: str | None = None,
+    unreadable: Sequence[str] = (),
 ) -> Account:
     """Make the account.
 
     Args:
         rows: the ledger; a stage may occur several times, and every execution counts.
         results: what an inference costs; None where nothing was measured.
-        intensity_g_per_kwh: grams for each kWh, or a factor with its source.
+        intensity_g_per_kwh: of where the stages ran: grams for each kWh, or a factor with its
+            source.
+        device_intensity_g_per_kwh: of where the inferences are made; None: the same.
         pue: power usage effectiveness of where the stages ran, 1.0 or more (1.56 is typical of an
             unknown data centre).
-        inferences: N of the full cycle.
+        inferences: N of the full cycle, where no fleet is given.
+        fleet: how many inferences are made, where and for how long.
+        embodied: carbon of making a device; needs a fleet, which says how long it is in use.
         runtime: whose inferences are counted; None means the first one measured.
+        unreadable: the ledger's damaged lines, from :func:`greenprune.nncec.ledger.scan`.
 
     Raises:
-        MeasurementError: pue below 1, or a runtime that was not measured.
+        MeasurementError: a PUE or an intensity that no place has, embodied carbon without a fleet,
+            or a runtime that was not measured.
     """
-    if not pue >= 1.0:
-        raise MeasurementError(f"pue = {pue}: expected 1.0 or more")
-    factor = (
-        intensity_g_per_kwh
-        if isinstance(intensity_g_per_kwh, Factor)
-        else user_supplied(intensity_g_per_kwh)
+    if not 1.0 <= pue <= HIGHEST_PUE:
+        raise MeasurementError(
+            f"pue = {pue}: expected 1.0 or more, and at most {HIGHEST_PUE:g}; a data centre has "
+            "between 1.1 and 2"
+        )
+    if embodied is not None and fleet is None:
+        raise MeasurementError(
+            "embodied carbon: expected a fleet too, which says how long it lasts"
+        )
+    host = _factor(intensity_g_per_kwh)
+    life = _Life(
+        host=host,
+        device=host if device_intensity_g_per_kwh is None else _factor(device_intensity_g_per_kwh),
+        pue=pue,
+        inferences=fleet.inferences if fleet else inferences,
+        embodied_kgco2e=embodied.kgco2e(fleet) if embodied and fleet else None,
     )
     chosen = _choose(results, runtime)
     training, pruning, observing = (
-        _sum(row.joules for row in rows if _purpose(row.stage) == purpose)
-        for purpose in ("training", "pruning", "observing")
+        _sum(row.joules for row in rows if purpose(row.stage) == wanted)
+        for wanted in ("training", "pruning", "observing")
     )
     kwh = _sum((training, pruning, observing)).scaled(1 / JOULES_PER_KWH)
-    unmeasured = tuple(dict.fromkeys(row.stage for row in rows if row.joules is None))
-    if not any(_purpose(row.stage) == "training" for row in rows):
-        unmeasured += (TRAINED_ELSEWHERE,)
+    unmeasured = _unmeasured(rows, unreadable)
     dense = chosen["dense"].energy_mj if "dense" in chosen else None
-    life = _Life(factor=factor, pue=pue, inferences=inferences)
     labels = [row.provenance for row in rows] + [
         candidate.energy_mj.provenance for candidate in chosen.values() if candidate.energy_mj
     ]
@@ -136,24 +184,45 @@ def account(
         pruning_joules=pruning,
         observing_joules=observing,
         total_kwh=kwh,
-        total_kgco2e=_carbon(kwh, factor, pue),
+        total_kgco2e=_carbon(kwh, life.host, pue),
         variants={
             name: _variant(candidate, dense, training, pruning, unmeasured, life)
             for name, candidate in chosen.items()
         },
         runtime=next((candidate.runtime for candidate in chosen.values()), None),
-        inferences=inferences,
-        intensity=factor,
+        inferences=life.inferences,
+        intensity=life.host,
+        device_intensity=life.device,
         pue=pue,
+        fleet=fleet,
+        embodied=embodied,
+        embodied_kgco2e=life.embodied_kgco2e,
         provenance=weakest(found for found in labels if found is not None),
         preset=results.preset if results else None,
-        embodied="not included",
+        valid=results.verdict.valid if results else None,
         equations=EQUATIONS,
+        unreadable=tuple(unreadable),
     )
 
 
-def _purpose(stage: str) -> str:
-    """Stages of one target are called ``bench-x86``, stages of one network ``finetune-mild``."""
+def _factor(given: float | Factor) -> Factor:
+    return given if isinstance(given, Factor) else user_supplied(given)
+
+
+def _unmeasured(rows: Sequence[Row], unreadable: Sequence[str]) -> tuple[str, ...]:
+    names = [row.stage for row in rows if row.joules is None]
+    if not any(purpose(row.stage) == "training" for row in rows):
+        names.append(TRAINED_ELSEWHERE)
+    if unreadable:
+        names.append(UNREADABLE)
+    return tuple(dict.fromkeys(names))
+
+
+def purpose(stage: str) -> str:
+    """``training``, ``pruning`` or ``observing``: what a stage counts as.
+
+    Stages of one target are called ``bench-x86``, stages of one network ``finetune-mild``.
+    """
     kind = stage.partition("-")[0]
     if kind in OBSERVING:
         return "observing"
@@ -162,9 +231,24 @@ def _purpose(stage: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Life:
-    factor: Factor
+    host: Factor
+    device: Factor
     pue: float
     inferences: int
+    embodied_kgco2e: float | None
+
+    def host_over_device(self) -> Quantity:
+        """What a joule of a stage emits over what one of an inference does.
+
+        One grid for both: its uncertainty is the same on both sides, and cancels.
+        """
+        low, high = (
+            (1.0, 1.0)
+            if self.host == self.device
+            else (self.host.low / self.device.high, self.host.high / self.device.low)
+        )
+        ratio = Quantity(value=self.host.value / self.device.value, low=low, high=high)
+        return ratio.scaled(self.pue)
 
 
 def _choose(results: Results | None, runtime: str | None) -> dict[str, Candidate]:
@@ -194,7 +278,7 @@ def _stages(rows: Sequence[Row], life: _Life) -> tuple[StageTotal, ...]:
     for stage in dict.fromkeys(row.stage for row in rows):
         runs = [row for row in rows if row.stage == stage]
         joules = None if any(r.joules is None for r in runs) else _sum(r.joules for r in runs)
-        carbon = joules and _carbon(joules.scaled(1 / JOULES_PER_KWH), life.factor, life.pue)
+        carbon = joules and _carbon(joules.scaled(1 / JOULES_PER_KWH), life.host, life.pue)
         totals.append(
             StageTotal(
                 stage=stage,
@@ -216,29 +300,70 @@ def _variant(
     life: _Life,
 ) -> VariantAccount:
     is_dense = candidate.variant == "dense"
-    prepared = training if is_dense else training.plus(pruning)
     found = candidate.energy_mj
     if found is None:
-        nothing = BreakEven(inferences=None, reason="inferences were not measured")
+        nothing = BreakEven(inferences=None, reason=NOT_MEASURED)
         return VariantAccount(
-            energy_mj=None, ugco2e=None, life_joules=None, life_kgco2e=None, break_even=nothing
+            energy_mj=None,
+            ugco2e=None,
+            sci_ugco2e=None,
+            life_joules=None,
+            life_kgco2e=None,
+            saved_kgco2e=None,
+            break_even=nothing,
+            break_even_co2=nothing,
         )
+    prepared = training if is_dense else training.plus(pruning)
     each = Quantity(value=found.value, low=found.low, high=found.high).scaled(1e-3)
     # kg to micrograms: 1e9
-    ugco2e = _carbon(each.scaled(1e9 / JOULES_PER_KWH), life.factor, 1.0)
+    ugco2e = _carbon(each.scaled(1e9 / JOULES_PER_KWH), life.device, 1.0)
     use = each.scaled(life.inferences)
+    embodied = life.embodied_kgco2e or 0.0
+    paid = paid_co2 = BreakEven(inferences=None, reason="what the others are compared with")
+    if not is_dense:
+        paid, paid_co2 = (
+            break_even(cost, dense, candidate.energy_ratio, unmeasured)
+            for cost in (pruning, pruning.times(life.host_over_device()))
+        )
     return VariantAccount(
         energy_mj=found,
         ugco2e=ugco2e,
+        sci_ugco2e=ugco2e.plus(_exactly(embodied * 1e9 / life.inferences)),
         life_joules=prepared.plus(use),
-        life_kgco2e=_carbon(prepared.scaled(1 / JOULES_PER_KWH), life.factor, life.pue).plus(
-            _carbon(use.scaled(1 / JOULES_PER_KWH), life.factor, 1.0)
-        ),
-        break_even=(
-            BreakEven(inferences=None, reason="the network that the others are compared with")
-            if is_dense
-            else break_even(pruning, dense, candidate.energy_ratio, unmeasured)
-        ),
+        life_kgco2e=_carbon(prepared.scaled(1 / JOULES_PER_KWH), life.host, life.pue)
+        .plus(_carbon(use.scaled(1 / JOULES_PER_KWH), life.device, 1.0))
+        .plus(_exactly(embodied)),
+        saved_kgco2e=None
+        if is_dense
+        else _saved_kgco2e(dense, candidate.energy_ratio, pruning, life),
+        break_even=paid,
+        break_even_co2=paid_co2,
+    )
+
+
+def _exactly(value: float) -> Quantity:
+    return Quantity(value=value, low=value, high=value)
+
+
+def _saved_kgco2e(
+    dense: InferenceEnergy | None, ratio: Interval | None, pruning: Quantity, life: _Life
+) -> Quantity | None:
+    """N e_dense (1 - r) I_device - E_prune PUE I_host, in kgCO2e; r as in :func:`break_even`."""
+    if dense is None or ratio is None:
+        return None
+    scale = 1e-3 * life.inferences / JOULES_PER_KWH / 1000
+    spent = _carbon(pruning.scaled(1 / JOULES_PER_KWH), life.host, life.pue)
+    # 1 - r may be below zero, so that an end may come from either end of the others
+    ends = [
+        millijoules * (1 - share) * grams * scale
+        for millijoules in (dense.low, dense.high)
+        for share in (ratio.low, ratio.high)
+        for grams in (life.device.low, life.device.high)
+    ]
+    return Quantity(
+        value=dense.value * (1 - ratio.value) * life.device.value * scale - spent.value,
+        low=min(ends) - spent.high,
+        high=max(ends) - spent.low,
     )
 
 
@@ -250,11 +375,12 @@ def break_even(
 ) -> BreakEven:
     """N* = E_prune / (e_dense (1 - r)), with r the pruned network's energy over the dense one's.
 
+    For N* in carbon, ``pruning`` is the joules of inferences that emit as much as pruning did.
     r is paired by block, so that what both share (the machine's drift, an estimate's watts for
     each core) cancels; its interval decides whether there is a saving at all.
     """
     if dense is None or ratio is None:
-        return BreakEven(inferences=None, reason="inferences were not measured")
+        return BreakEven(inferences=None, reason=NOT_MEASURED)
     if ratio.high >= 1.0:
         return BreakEven(
             inferences=None,
@@ -262,7 +388,7 @@ def break_even(
             f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], which is not wholly below 1",
         )
     missing = [
-        stage for stage in unmeasured if stage != TRAINED_ELSEWHERE and _purpose(stage) == "pruning"
+        stage for stage in unmeasured if stage != TRAINED_ELSEWHERE and purpose(stage) == "pruning"
     ]
     if missing:
         return BreakEven(

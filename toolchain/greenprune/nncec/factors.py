@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import csv
 import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from greenprune.errors import MeasurementError
 
 TABLE = Path(__file__).with_name("intensity.csv")
+HIGHEST_G_PER_KWH = 2000.0
+"""No grid comes near it: burning lignite in an old plant emits about 1,200."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,29 +37,60 @@ class Factor:
     licence: str
 
 
-WORLD = Factor(
-    place="world",
-    value=445.0,
-    low=445.0,
-    high=475.0,
-    year="2024, 2019",
-    source="445: IEA Electricity 2025, as in carbontracker 2.4.7; 475: CodeCarbon 3.3.2",
-    licence="MIT",
+@dataclass(frozen=True, kw_only=True)
+class _Figure:
+    """What one source says of one place in one year."""
+
+    g_per_kwh: float
+    year: str
+    source: str
+
+
+def _factor(place: str, figures: Sequence[_Figure], year: str = "") -> Factor:
+    """The first figure of that year, or of all; the interval spans every source.
+
+    Raises:
+        MeasurementError: no source has that year.
+    """
+    matching = [figure for figure in figures if year in ("", figure.year)]
+    if not matching:
+        known = " and ".join(sorted({figure.year for figure in figures}))
+        raise MeasurementError(
+            f"no carbon intensity of {place} for {year}: the table has {known}; name one of these, "
+            "leave the year out, or give the number itself"
+        )
+    every = [figure.g_per_kwh for figure in figures]
+    return Factor(
+        place=place,
+        value=matching[0].g_per_kwh,
+        low=min(every),
+        high=max(every),
+        year=matching[0].year,
+        source="; ".join(f"{f.g_per_kwh:g} ({f.year}): {f.source}" for f in figures),
+        licence="MIT",
+    )
+
+
+_WORLD = (
+    _Figure(g_per_kwh=445.0, year="2024", source="IEA Electricity 2025, as in carbontracker 2.4.7"),
+    _Figure(g_per_kwh=475.0, year="2019", source="CodeCarbon 3.3.2"),
 )
+WORLD = _factor("world", _WORLD)
 
 
 def user_supplied(g_per_kwh: float) -> Factor:
     """A factor that the user gives; 445 is the world's, and comes with its interval.
 
     Raises:
-        MeasurementError: it is not above zero.
+        MeasurementError: it is not above zero, or above any grid's.
     """
     if g_per_kwh == WORLD.value:
         return WORLD
-    if not g_per_kwh > 0:
+    if not 0 < g_per_kwh <= HIGHEST_G_PER_KWH:
         raise MeasurementError(
-            f"carbon intensity {g_per_kwh}: expected gCO2e for each kWh, above zero; "
-            f"the world's average is {WORLD.value:g}"
+            f"carbon intensity {g_per_kwh:g}: expected gCO2e for each kWh, above 0 and at most "
+            f"{HIGHEST_G_PER_KWH:,.0f}; grids have between about 20 and 1,000, the world's "
+            f"average is {WORLD.value:g}"
         )
     return Factor(
         place="user supplied",
@@ -68,36 +103,53 @@ def user_supplied(g_per_kwh: float) -> Factor:
     )
 
 
+def parse_factor(text: str) -> Factor:
+    """A number of gCO2e for each kWh, or a place as in :func:`find_factor`.
+
+    Raises:
+        MeasurementError: a number that no grid has, a place or year that the table does not have.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return find_factor(text)
+    return user_supplied(number)
+
+
 def find_factor(place: str) -> Factor:
     """The factor of ``world`` or of a country, by ISO 3166 code (``FRA``) or English name.
 
+    ``FRA:2023`` asks for a year that the table has; without one it is the newest source's.
+
     Raises:
-        MeasurementError: the table does not have it.
+        MeasurementError: the table does not have the place or the year.
     """
-    if place.lower() == WORLD.place:
-        return WORLD
+    name, _, year = (part.strip() for part in place.partition(":"))
+    if place.strip().endswith(":") or (year and not re.fullmatch(r"\d{4}", year)):
+        raise MeasurementError(
+            f"carbon intensity '{place}': expected a year after ':', as FRA:2023"
+        )
+    if name.lower() == WORLD.place:
+        return _factor(WORLD.place, _WORLD, year)
     with TABLE.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        if place.upper() == row["code"] or place.lower() == row["name"].lower():
-            return _factor(row)
-    near = difflib.get_close_matches(place.title(), [row["name"] for row in rows], n=1)
+        if name.upper() == row["code"] or name.lower() == row["name"].lower():
+            return _factor(row["name"], _figures(row), year)
+    near = difflib.get_close_matches(name.title(), [row["name"] for row in rows], n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     raise MeasurementError(
-        f"no carbon intensity for '{place}'{hint}; expected 'world', an ISO code such as FRA or "
+        f"no carbon intensity for '{name}'{hint}; expected 'world', an ISO code such as FRA or "
         "a country's name; or give the number itself"
     )
 
 
-def _factor(row: dict[str, str]) -> Factor:
-    newest = float(row["carbontracker_g_per_kwh"])
-    other = float(row["codecarbon_g_per_kwh"])
-    return Factor(
-        place=row["name"],
-        value=newest,
-        low=min(newest, other),
-        high=max(newest, other),
-        year=f"{row['carbontracker_year']}, {row['codecarbon_year']}",
-        source=f"{newest:g}: carbontracker 2.4.7; {other:g}: CodeCarbon 3.3.2",
-        licence="MIT",
+def _figures(row: dict[str, str]) -> tuple[_Figure, ...]:
+    return tuple(
+        _Figure(
+            g_per_kwh=float(row[f"{package.lower()}_g_per_kwh"]),
+            year=row[f"{package.lower()}_year"],
+            source=f"{package} {version}",
+        )
+        for package, version in (("carbontracker", "2.4.7"), ("CodeCarbon", "3.3.2"))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from greenprune.meters.energy import Energy
 from greenprune.nncec.factors import user_supplied
 
 JOULES_PER_KWH = 3.6e6
+REPAIR = (
+    "the ledger was changed by hand or damaged: put a copy of it back, or delete that line and "
+    "`greenprune run` with the same recipe and --name enters finished stages again"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +132,54 @@ def _remove_torn_row(path: Path) -> None:
         storage.write_bytes(path, content[: content.rfind(b"\n") + 1])
 
 
-def read(path: Path) -> tuple[Row, ...]:
-    """All rows in order; none of a file that is not there yet.
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a ledger's file holds: rows in order, and what was wrong with every other line."""
 
-    Raises:
-        RunError: a line is not a row of a ledger.
+    rows: tuple[Row, ...]
+    unreadable: tuple[str, ...]
+    """A message for each damaged line; it names file, line and fault."""
+
+
+def scan(path: Path) -> Content:
+    """Every row that can be read; a damaged line is named and the others are kept.
+
+    A file that is not there yet has none. What follows the last line's end is a row that a killed
+    writer did not finish, and is no damage.
     """
     if not path.is_file():
-        return ()
-    rows = []
-    # what follows the last line's end is a row that a killed writer did not finish
+        return Content(rows=(), unreadable=())
+    rows, unreadable = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         where = f"{path}, line {number}"
         try:
-            content = json.loads(line)
+            row = schema.decode(json.loads(line), Row, where, RunError)
+            _check(row, where)
+            rows.append(row)
         except ValueError as error:
+            unreadable.append(f"{where}: expected a row as JSON: {error}")
+        except RunError as error:
+            unreadable.append(str(error))
+    return Content(rows=tuple(rows), unreadable=tuple(unreadable))
+
+
+def _check(row: Row, where: str) -> None:
+    for name in ("joules", "kwh", "kgco2e", "intensity_g_per_kwh"):
+        found: Quantity | None = getattr(row, name)
+        if found is not None and not 0 <= found.low <= found.value <= found.high < math.inf:
             raise RunError(
-                f"{where}: expected a row as JSON: {error}; the ledger was changed by hand or "
-                "damaged: put a copy of it back"
-            ) from error
-        rows.append(schema.decode(content, Row, where, RunError))
-    return tuple(rows)
+                f"{where}: {name}: expected 0 <= low <= value <= high, got {found.low}, "
+                f"{found.value}, {found.high}"
+            )
+
+
+def read(path: Path) -> tuple[Row, ...]:
+    """All rows in order, where every line is one.
+
+    Raises:
+        RunError: a line is not a row of a ledger; all such lines are named.
+    """
+    found = scan(path)
+    if found.unreadable:
+        raise RunError(f"{'; '.join(found.unreadable)}; {REPAIR}")
+    return found.rows

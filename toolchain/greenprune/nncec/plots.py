@@ -1,116 +1,182 @@
-"""The report's plots, as SVG for the page itself; matplotlib is loaded on demand.
-
-Text and axes take the page's colour (``currentColor``), so that one drawing serves light, dark and
-print.
-"""
+"""What was measured, drawn: accuracy against cost, latencies, windows, layers."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from greenprune.errors import MissingPackageError
 from greenprune.harness.results import Candidate, Results
-from greenprune.meters.energy import label
-from greenprune.nncec.account import Account
+from greenprune.meters.energy import label, weakest
+from greenprune.nncec.drawing import (
+    COLOURS,
+    FILLS,
+    INK,
+    LINES,
+    MARKERS,
+    Plot,
+    draw,
+    engineering,
+    legend_below,
+    logarithmic,
+)
 
-_INK = "#010203"
-"""Stands for the page's text colour until the drawing is finished."""
-COLOURS = {
-    "dense": "#6b7280",
-    "mild": "#2f80c2",
-    "aggressive": "#d97706",
-    "pair": "#16a067",
+NETWORKS = ("dense", "mild", "aggressive")
+WIDE = 5.0
+"""Costs that are further apart than this are drawn on a logarithmic axis."""
+_UNITS = {
+    "ms": "mean latency of an inference, ms",
+    "mJ": "energy of an inference, mJ",
 }
 
 
-def _draw(name: str, paint: Callable[[Any], None], size: tuple[float, float] = (6.4, 3.8)) -> str:
-    """SVG text of what ``paint(axes)`` draws; ``name`` keeps the ids of several drawings apart."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError("matplotlib", "host") from error
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style: Any = dict.fromkeys(inked, _INK) | {
-        "text.parse_math": False,  # a layer's name may contain a dollar sign
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.family": "sans-serif",
-        "legend.frameon": False,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure.subplots())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return svg.replace(_INK, "currentColor")
+def accuracy_against(results: Results, run: Mapping[str, Any], unit: str) -> Plot | None:
+    """Accuracy on the test images of every variant on every runtime, and of the dial's rows.
 
+    Args:
+        results: costs of the variants.
+        run: ``variants`` with accuracies; ``dial`` with ``runtime``, ``reference`` and ``table``.
+        unit: ``"ms"`` or ``"mJ"``.
 
-def accuracy_against(results: Results, quantity: str) -> str | None:
-    """Accuracy of every candidate against ``"ms"`` or ``"mJ"``; None where nothing is known."""
-    points = []
-    for candidate in results.candidates:
-        found = candidate.latency_ms["p50"] if quantity == "ms" else candidate.energy_mj
-        if found is not None and candidate.accuracy is not None:
-            points.append((candidate, found))
-    if not points:
+    Returns:
+        None where nothing is known.
+    """
+    measured = [(found, cost) for found in results.candidates if (cost := _cost(found, unit))]
+    if not measured:
         return None
-    runtimes = list(dict.fromkeys(candidate.runtime for candidate, _ in points))
-    provenances = {c.energy_mj.provenance for c, _ in points if c.energy_mj}
+    runtimes = list(dict.fromkeys(candidate.runtime for candidate, _ in measured))
+    accuracies = {name: 100 * found["accuracy"] for name, found in run["variants"].items()}
+    points = dial_points(results, run, unit)
+    certified = [(x, y) for x, y, holds in points if holds]
+    uncertified = [(x, y) for x, y, holds in points if not holds]
 
     def paint(axes: Any) -> None:
-        for candidate, found in points:
-            assert candidate.accuracy is not None
-            axes.errorbar(
-                found.value,
-                100 * candidate.accuracy,
-                xerr=[[found.value - found.low], [found.high - found.value]],
-                fmt="os^D"[runtimes.index(candidate.runtime) % 4],
-                color=COLOURS[candidate.variant],
-                capsize=3,
-                label=candidate.name,
-            )
-        words = "median latency, ms"
-        if quantity == "mJ":
-            words = f"mJ an inference ({', '.join(sorted(map(label, provenances)))})"
-        axes.set_xlabel(f"{words}; preset {results.preset}")
-        axes.set_ylabel("accuracy on the replay images, %")
-        axes.legend(fontsize=8)
+        for runtime, fill in zip(runtimes, FILLS * len(runtimes), strict=False):
+            for found, (value, low, high) in measured:
+                if found.runtime != runtime:
+                    continue
+                axes.errorbar(
+                    value,
+                    accuracies[found.variant],
+                    xerr=[[value - low], [high - value]],
+                    fmt=MARKERS[found.variant],
+                    fillstyle=fill,
+                    color=COLOURS[found.variant],
+                    markersize=8,
+                    elinewidth=1,
+                    capsize=3,
+                    label=found.variant if runtime == runtimes[0] else None,
+                )
+        for runtime, fill in zip(runtimes, FILLS * len(runtimes), strict=False):
+            if len(runtimes) > 1:
+                axes.plot([], [], "o", color=INK, fillstyle=fill, label=runtime)
+        for rows, face, name in (
+            (certified, COLOURS["pair"], "dial, certified"),
+            (uncertified, "none", "dial, not certified"),
+        ):
+            if rows:
+                x, y = zip(*rows, strict=True)
+                axes.scatter(x, y, s=16, facecolor=face, edgecolor=COLOURS["pair"], label=name)
+        costs = [cost[0] for _, cost in measured]
+        if max(costs) > WIDE * min(costs) > 0:
+            logarithmic(axes)
+        else:
+            axes.set_xlim(left=0)
+        axes.set_xlabel(f"{_UNITS[unit]}{_estimate(results) if unit == 'mJ' else ''}")
+        axes.set_ylabel("accuracy, %")
+        legend_below(axes)
 
-    return _draw(f"accuracy-{quantity}", paint)
+    note = (
+        f"Preset {results.preset}. Accuracy is on the test images; a horizontal bar is the "
+        "interval of the cost."
+    )
+    if points:
+        note += (
+            " The dial's points are the pair at other thresholds: their loss against the reference "
+            "was found on the certification images, their cost follows from the share of inputs "
+            "that goes to both networks."
+        )
+    title = f"Accuracy against {_UNITS[unit]}, for every variant and the dial"
+    return Plot(
+        caption="Accuracy against latency" if unit == "ms" else _energy_caption(results),
+        svg=draw(f"accuracy-{unit}", title, paint),
+        note=note,
+    )
 
 
-def latency_distributions(results: Results) -> str:
+def _energy_caption(results: Results) -> str:
+    return f"Accuracy against energy{_estimate(results)}"
+
+
+def _estimate(results: Results) -> str:
+    """`` (ESTIMATE)`` where the joules are no measurement."""
+    found = weakest(c.energy_mj.provenance for c in results.candidates if c.energy_mj)
+    return "" if label(found) == "measured" else f" ({label(found)})"
+
+
+def _cost(candidate: Candidate, unit: str) -> tuple[float, float, float] | None:
+    """Value, low and high of one inference; the mean latency, as a pair's median hides the inputs
+    that both networks answer."""
+    found = candidate.latency_ms["mean"] if unit == "ms" else candidate.energy_mj
+    return None if found is None else (found.value, found.low, found.high)
+
+
+def dial_points(
+    results: Results, run: Mapping[str, Any], unit: str
+) -> list[tuple[float, float, bool]]:
+    """Cost, accuracy in percent and whether it is certified, of every row of the dial.
+
+    A row's cost is aggressive's, and mild's for the share that it does not accept. Its accuracy is
+    the reference's on the test images less the loss found on the certification images.
+    """
+    dial = run.get("dial")
+    if not dial:
+        return []
+    costs = {
+        found.variant: cost[0]
+        for found in results.candidates
+        if found.runtime == dial["runtime"] and (cost := _cost(found, unit))
+    }
+    if not {"mild", "aggressive"} <= costs.keys():
+        return []
+    reference = run["variants"][dial["reference"]]["accuracy"]
+    points = []
+    for row in dial["table"]:
+        both = costs["aggressive"] + (1 - row["coverage"]) * costs["mild"]
+        mean = costs["mild"] if row["threshold"] is None else both
+        accuracy = reference + row["accuracy"] - row["reference_accuracy"]
+        points.append((mean, 100 * accuracy, bool(row["certified"])))
+    return points
+
+
+def latency_distributions(results: Results) -> Plot:
     """Share of inferences that are at least so fast, for each candidate, all windows together."""
 
     def paint(axes: Any) -> None:
-        from matplotlib.ticker import LogFormatter
-
         styles: dict[str, str] = {}
         for candidate in results.candidates:
-            style = styles.setdefault(candidate.runtime, ("-", "--", ":", "-.")[len(styles) % 4])
+            style = styles.setdefault(candidate.runtime, LINES[len(styles) % len(LINES)])
             quantiles = np.sort(_quantiles_ms(candidate))
             share = np.linspace(0, 100, len(quantiles))
             colour = COLOURS[candidate.variant]
-            axes.plot(quantiles, share, linestyle=style, color=colour, label=candidate.name)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
-        axes.set_xlabel(f"latency of one inference, ms; preset {results.preset}")
+            name = candidate.variant if candidate.runtime == next(iter(styles)) else None
+            axes.plot(quantiles, share, linestyle=style, color=colour, linewidth=1.8, label=name)
+        if len(styles) > 1:
+            for runtime, style in styles.items():
+                axes.plot([], [], color=INK, alpha=0.6, linestyle=style, label=runtime)
+        logarithmic(axes)
+        axes.set_xlabel("latency of an inference, ms")
         axes.set_ylabel("inferences at least so fast, %")
-        axes.legend(fontsize=8)
+        legend_below(axes)
 
-    return _draw("latency", paint)
+    title = "Distribution of the latencies of single inferences, for every variant"
+    return Plot(
+        caption="Latency of single inferences",
+        svg=draw("latency", title, paint),
+        note=f"Preset {results.preset}, all windows together. Further left is faster; a steep "
+        "line is an even latency.",
+    )
 
 
 def _quantiles_ms(candidate: Candidate) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -118,69 +184,86 @@ def _quantiles_ms(candidate: Candidate) -> np.ndarray[Any, np.dtype[np.float64]]
     return np.asarray(windows, dtype=np.float64).ravel() / 1e6
 
 
-def stages_bar(account: Account) -> str | None:
-    """Joules of each stage as one stacked bar; None where none was measured."""
-    known = [(total.stage, total.joules.value) for total in account.stages if total.joules]
+def energy_windows(results: Results) -> Plot | None:
+    """Millijoules an inference of every window, over the part that idling takes anyway."""
+    known = [found for found in results.candidates if found.energy_mj]
     if not known:
         return None
+    places = np.arange(len(known))[::-1]
 
     def paint(axes: Any) -> None:
-        import matplotlib
+        idle = [_idle_mj(found) for found in known]
+        if any(part is not None for part in idle):
+            widths = [part or 0.0 for part in idle]
+            axes.barh(places, widths, height=0.6, color=INK, alpha=0.22, label="of it idle")
+        for place, found in zip(places, known, strict=True):
+            spent = [
+                1e3 * window.energy.value / window.inferences
+                for window in found.windows
+                if window.energy is not None
+            ]
+            colour = COLOURS[found.variant]
+            axes.plot(spent, [place] * len(spent), "o", color=colour, alpha=0.6, markersize=5)
+            assert found.energy_mj is not None
+            middle = found.energy_mj.value
+            axes.plot([middle, middle], [place - 0.35, place + 0.35], color=colour, linewidth=2)
+        axes.plot([], [], "o", color=INK, alpha=0.6, label="a window")
+        axes.plot([], [], "|", color=INK, markersize=11, label="median")
+        axes.set_yticks(places, [found.name for found in known])
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"mJ an inference{_estimate(results)}")
+        legend_below(axes)
 
-        colours = matplotlib.colormaps["tab20"]
-        left = 0.0
-        for index, (stage, joules) in enumerate(known):
-            colour = colours(index % 20)
-            axes.barh([0], [joules], left=left, color=colour, label=f"{stage}: {joules:.3g} J")
-            left += joules
-        axes.set_yticks([])
-        axes.set_xlabel(f"joules ({label(account.provenance)})")
-        axes.figure.legend(fontsize=7, ncols=3, loc="outside lower center")
+    note = f"Preset {results.preset}. Gross: what the machine takes when it idles is in it."
+    if all(_idle_mj(found) is None for found in known):
+        note += " The idle baseline was not measured."
+    return Plot(
+        caption=f"Energy of every window{_estimate(results)}",
+        svg=draw(
+            "windows",
+            "Energy of an inference in every window, and the idle part of it",
+            paint,
+            height=1.4 + 0.36 * len(known),
+        ),
+        note=note,
+    )
 
-    return _draw("stages", paint, (6.4, 3.2))
 
-
-def break_even_curve(account: Account) -> str | None:
-    """E(N) of every variant over the number of inferences; None where nothing was measured."""
-    known = {name: v.energy_mj.value for name, v in account.variants.items() if v.energy_mj}
-    if not known:
+def _idle_mj(candidate: Candidate) -> float | None:
+    """Of one inference's time at the idle power before and after, averaged."""
+    watts = [w for w in (candidate.idle_watts_before, candidate.idle_watts_after) if w is not None]
+    if not watts:
         return None
-    reached = [
-        v.break_even.inferences.value for v in account.variants.values() if v.break_even.inferences
-    ]
-    most = 3 * max(reached) if reached else float(account.inferences)
-
-    def paint(axes: Any) -> None:
-        count = np.array([0.0, most])
-        for name, millijoules in known.items():
-            start = account.training_joules.value
-            if name != "dense":
-                start += account.pruning_joules.value
-            joules = start + count * millijoules * 1e-3
-            axes.plot(count, joules, color=COLOURS[name], label=name)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel("inferences")
-        axes.set_ylabel(f"joules in all ({label(account.provenance)})")
-        axes.legend(fontsize=8)
-
-    return _draw("break-even", paint)
+    seconds = sum(window.seconds for window in candidate.windows)
+    return 1e3 * float(np.mean(watts)) * seconds / sum(w.inferences for w in candidate.windows)
 
 
-def widths_bars(widths: Sequence[dict[str, Any]]) -> str | None:
-    """Channels of each layer before and after; None where there are none."""
-    if not widths:
+def layers_bars(rows: Sequence[Mapping[str, Any]], quantity: str) -> Plot | None:
+    """``"channels"`` or ``"MACs"`` of each layer before and after; None where there are none.
+
+    Args:
+        rows: ``layer``, ``dense``, ``mild`` and ``aggressive`` of each.
+        quantity: what they are.
+    """
+    if not rows:
         return None
+    names = [str(row["layer"]) for row in rows]
+    longest = max(map(len, names))
+    every = -(-len(names) // 24)
 
     def paint(axes: Any) -> None:
-        places = np.arange(len(widths))
-        for offset, name in enumerate(("dense", "mild", "aggressive")):
-            heights = [row[name] for row in widths]
-            at = places + 0.28 * (offset - 1)
-            axes.bar(at, heights, width=0.28, color=COLOURS[name], label=name)
-        names = [str(row["layer"]) for row in widths]
-        axes.set_xticks(places, names, rotation=90 if len(names) > 6 else 0, fontsize=7)
-        axes.set_ylabel("channels")
-        axes.legend(fontsize=8)
+        for name, width in zip(NETWORKS, (0.86, 0.58, 0.3), strict=True):
+            heights = [row[name] for row in rows]
+            axes.bar(range(len(rows)), heights, width=width, color=COLOURS[name], label=name)
+        rotation = 90 if len(names) * longest > 36 else 0
+        axes.set_xticks(range(0, len(names), every), names[::every], rotation=rotation, fontsize=8)
+        axes.grid(visible=False, axis="x")
+        engineering(axes.yaxis)
+        axes.set_ylabel(quantity)
+        legend_below(axes)
 
-    return _draw("widths", paint, (max(6.4, 0.22 * len(widths)), 3.4))
+    return Plot(
+        caption=f"{quantity[0].upper()}{quantity[1:]} of each layer, before and after",
+        svg=draw(quantity.lower(), f"{quantity} of each layer: dense, mild and aggressive", paint),
+        note="" if every == 1 else f"Every {every}th layer is named; the table below has them all.",
+    )

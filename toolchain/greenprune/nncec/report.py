@@ -1,73 +1,117 @@
-"""The page for people: one self-contained HTML file, and nothing fetched from a network."""
+"""The page for people: one self-contained HTML file, and a Markdown summary beside it."""
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
 from greenprune import storage
 from greenprune._version import __version__
-from greenprune.errors import MissingPackageError
+from greenprune.errors import MissingPackageError, StorageError
 from greenprune.harness.results import Results
 from greenprune.harness.table import energy, number, ratio, share
 from greenprune.meters.energy import label
-from greenprune.nncec import plots
+from greenprune.nncec import account_plots, plots
 from greenprune.nncec.account import Account
-from greenprune.nncec.ledger import Quantity
+from greenprune.nncec.drawing import Plot
+from greenprune.nncec.words import (
+    break_evens,
+    describe_fleet,
+    describe_intensity,
+    quantity,
+    rounded,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(
     path: Path, run_summary: dict[str, Any], results: Results | None, account: Account | None
-) -> None:
-    """Write the report.
+) -> Path:
+    """Write the report, and a summary for pull requests beside it.
 
     Args:
-        path: the HTML file.
-        run_summary: ``name``, ``seed``, ``machine`` (plain data), ``stages``, ``variants`` (name to
+        path: the HTML file; the summary has the same name and ends in ``.md``.
+        run_summary: ``name``, ``seed``, ``machine`` (plain data), ``variants`` (name to
             ``accuracy``, ``macs``, ``params`` and, of the pair, ``accept_rate``), ``selector``,
-            ``widths`` (rows of ``layer``, ``dense``, ``mild``, ``aggressive``) and ``caveats``.
+            ``dial`` (``runtime``, ``reference``, ``table``), ``widths`` and ``layer_macs`` (rows of
+            ``layer``, ``dense``, ``mild``, ``aggressive``) and ``caveats``.
         results: what was measured; None where nothing was.
         account: the carbon account; None where there is none.
 
+    Returns:
+        The path of the summary.
+
     Raises:
         MissingPackageError: jinja2 or matplotlib is not installed.
-        StorageError: the file cannot be written.
+        StorageError: a file cannot be written.
     """
+    summary = path.with_suffix(".md")
+    if summary == path:
+        raise StorageError(f"{path}: expected a page's name, such as report.html")
+    found = {
+        "run": run_summary,
+        "results": results,
+        "account": account,
+        "headline": headline(run_summary, results),
+        "runtimes": list(dict.fromkeys(c.runtime for c in results.candidates)) if results else [],
+        "caveats": caveats(run_summary, results, account),
+        "version": __version__,
+    }
+    storage.write_text(summary, _render("report.md", found))
+    drawn = {"plots": _plots(run_summary, results, account)}
+    storage.write_text(path, _render("report.html", found | drawn))
+    return summary
+
+
+def _render(template: str, content: dict[str, Any]) -> str:
     try:
         import jinja2
     except ImportError as error:
         raise MissingPackageError("jinja2", "host") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=template.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, ratio=ratio, energy=energy, share=share, label=label, quantity=quantity
+        number=number,
+        ratio=ratio,
+        energy=energy,
+        share=share,
+        label=label,
+        quantity=quantity,
+        rounded=rounded,
+        break_evens=break_evens,
+        plain=_plain,
+        fleet=describe_fleet,
+        intensity=describe_intensity,
+        md=_markdown,
     )
-    page = environment.get_template("report.html").render(
-        run=run_summary,
-        results=results,
-        account=account,
-        headline=headline(run_summary, results),
-        runtimes=list(dict.fromkeys(c.runtime for c in results.candidates)) if results else [],
-        plots=_plots(run_summary, results, account),
-        version=__version__,
-    )
-    storage.write_text(path, page)
+    return environment.get_template(template).render(**content)
 
 
-def quantity(found: Quantity | None, digits: int = 3) -> str:
-    """A value with its interval, as text."""
-    if found is None:
-        return "not measured"
-    if found.low == found.high:
-        return f"{found.value:,.{digits}g}"
-    return f"{found.value:,.{digits}g} [{found.low:,.{digits}g}, {found.high:,.{digits}g}]"
+def _markdown(text: object) -> str:
+    """Text that neither ends a table's cell nor becomes a tag."""
+    return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def _plain(value: object) -> str:
+    """A fact about the machine, in words."""
+    if value is None:
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value)) or "none"
+    return str(value)
 
 
 def headline(run_summary: dict[str, Any], results: Results | None) -> str:
@@ -92,21 +136,53 @@ def headline(run_summary: dict[str, Any], results: Results | None) -> str:
     return f"{sentence}; preset {results.preset}."
 
 
+def caveats(
+    run_summary: dict[str, Any], results: Results | None, account: Account | None
+) -> list[str]:
+    """Everything that limits what the page says, in plain words."""
+    found = list(run_summary.get("caveats", []))
+    if results is not None and results.meter == "estimate":
+        found.append(
+            "No energy counter could be read. Joules are ESTIMATES from CPU time and a range of "
+            "watts; compare them with each other, not with a power meter."
+        )
+    if results is not None and results.meter == "none":
+        found.append("Energy was not measured, by request.")
+    if account is None:
+        return found
+    if account.unmeasured_stages:
+        found.append(
+            "Not measured, so that the totals of the account are lower bounds: "
+            f"{', '.join(account.unmeasured_stages)}."
+        )
+    found += [f"The ledger is damaged: {fault}" for fault in account.unreadable]
+    if account.embodied_kgco2e is None:
+        found.append("Embodied carbon of the devices is not included (give --embodied).")
+    found.append(
+        "Carbon intensities are yearly averages of a whole country: they know neither the hour nor "
+        "the supplier. Embodied carbon of the host, networks, storage and disposal are not counted."
+    )
+    return found
+
+
 def _plots(
     run_summary: dict[str, Any], results: Results | None, account: Account | None
-) -> list[tuple[str, str]]:
-    """Caption and SVG of each plot that there is data for."""
-    found: list[tuple[str, str | None]] = []
+) -> dict[str, list[Plot]]:
+    """By section: those that there is data for."""
+    measured: list[Plot | None] = []
     if results is not None:
-        found += [
-            ("Accuracy against latency", plots.accuracy_against(results, "ms")),
-            ("Accuracy against energy", plots.accuracy_against(results, "mJ")),
-            ("Latency of single inferences", plots.latency_distributions(results)),
+        measured = [
+            plots.accuracy_against(results, run_summary, "ms"),
+            plots.accuracy_against(results, run_summary, "mJ"),
+            plots.latency_distributions(results),
+            plots.energy_windows(results),
         ]
-    if account is not None:
-        found += [
-            ("Where the joules went", plots.stages_bar(account)),
-            ("Energy over a life, and where pruning has paid", plots.break_even_curve(account)),
-        ]
-    found.append(("Channels of each layer", plots.widths_bars(run_summary.get("widths", []))))
-    return [(caption, svg) for caption, svg in found if svg is not None]
+    layers = [
+        plots.layers_bars(run_summary.get("widths", []), "channels"),
+        plots.layers_bars(run_summary.get("layer_macs", []), "MACs"),
+    ]
+    return {
+        "measured": [plot for plot in measured if plot is not None],
+        "layers": [plot for plot in layers if plot is not None],
+        "account": account_plots.all_plots(account) if account is not None else [],
+    }

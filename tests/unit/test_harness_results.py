@@ -1,0 +1,327 @@
+"""Results on disk and beside each other: schema, CSV, the gate, races of bundles."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import io
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from greenprune import cli
+from greenprune.errors import MeasurementError
+from greenprune.harness import Results, compare_results, read_results, write_results
+from greenprune.harness.bundle_race import BundleRace, make_race
+from greenprune.harness.files import HERE, SCHEMA_FILES, results_schema, windows_csv
+from greenprune.harness.results import MeasuredWindow
+from greenprune.harness.summary import summarise_candidate
+
+
+def neighbour(name: str) -> ModuleType:
+    """Another test module: its builders are shared."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+harness = neighbour("test_harness")
+
+
+def scattered(
+    seed: int, factor: float = 1.0, *, windows: int = 10, preset: str = "standard"
+) -> Results:
+    """Dense and mild, windows that vary by 1 %; latencies and joules of mild times ``factor``."""
+    draw = np.random.default_rng(seed)
+    template: Results = harness.results(preset)
+
+    def made(milliseconds: float) -> list[MeasuredWindow]:
+        spread = draw.lognormal(0.0, 0.01, size=(windows, 2)) * milliseconds
+        return [harness.window(block, *pair) for block, pair in enumerate(spread.tolist())]
+
+    found = {"dense": made(2.0), "mild": made(1.0 * factor)}
+    candidates = tuple(
+        summarise_candidate(
+            variant=name,
+            runtime="onnxruntime",
+            loaded=harness.LOADED,
+            idle_watts=(1.0, 1.0),
+            windows=each,
+            dense_windows=found["dense"],
+            seed=0,
+        )
+        for name, each in found.items()
+    )
+    return dataclasses.replace(template, candidates=candidates)
+
+
+def test_results_survive_the_disk_whole(tmp_path: Path) -> None:
+    written = harness.results()
+    write_results(tmp_path / "results.json", written)
+    assert read_results(tmp_path / "results.json") == written
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["preset"] == "standard"
+    assert content["candidates"][0]["windows"][0]["energy"]["provenance"] == "measured_counter"
+    with pytest.raises(MeasurementError, match=r"ends in \.json"):
+        write_results(tmp_path / "results.csv", written)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(schema=2), "schema 2, this version of greenprune reads 3"),
+        (lambda content: content.pop("schema"), "without a 'schema'"),
+        (lambda content: content.update(pairs=[]), "a race of two bundles"),
+        (lambda content: content.update(threads="2"), "'threads': expected 'int', got 'str'"),
+        (lambda content: content.pop("verdict"), "missing required field 'verdict'"),
+        (lambda content: content.update(speed=1), "unknown key 'speed'"),
+        (lambda content: content["environment_before"].pop("cpu"), "environment_before"),
+        (
+            lambda content: content["candidates"][0]["windows"][0].update(energy=0),
+            r"candidates\[0\]\.windows\[0\]\.energy",
+        ),
+    ],
+)
+def test_damaged_results_are_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, harness.results())
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(MeasurementError, match=message) as caught:
+        read_results(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])
+def test_what_is_no_results_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(MeasurementError, match="expected results written by greenprune-bench"):
+        read_results(path)
+
+
+def test_what_the_schema_forbids_is_not_written(tmp_path: Path) -> None:
+    wrong: Any = dataclasses.replace(harness.results(), threads="many")
+    with pytest.raises(MeasurementError, match="threads"):
+        write_results(tmp_path / "results.json", wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SCHEMA_FILES)
+def test_published_schema_is_that_of_the_records(name: str) -> None:
+    """After a change: python -c "from greenprune.harness import files; files.publish_schemas()"."""
+    published = json.loads((HERE / name).read_text())
+    assert published == results_schema(SCHEMA_FILES[name])
+    assert published["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+def test_other_tools_accept_results_by_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from greenprune import schema
+
+    for kind, content in ((Results, harness.results()), (BundleRace, race(1.0))):
+        published = results_schema(kind)
+        jsonschema.Draft202012Validator.check_schema(published)
+        plain = json.loads(json.dumps(schema.encode(content)))
+        jsonschema.validate(plain, published)
+        plain["speed"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="speed"):
+            jsonschema.validate(plain, published)
+
+
+def test_csv_has_a_row_for_each_window_with_units_preset_and_provenance(tmp_path: Path) -> None:
+    found = harness.results("quick")
+    dense = found.candidates[0]
+    first_try = harness.window(3, 9.0, None, invalid="did not move, twice")
+    dense = dataclasses.replace(dense, discarded=(first_try,))
+    found = dataclasses.replace(found, candidates=(dense, found.candidates[1]))
+    write_results(tmp_path / "results.json", found)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert len(rows) == 21
+    assert {row["preset"] for row in rows} == {"quick"}
+    bad = [row for row in rows if row["counts"] == "False"]
+    assert [(row["block"], row["invalid"], row["energy_j"]) for row in bad] == [
+        ("3", "did not move, twice", "")
+    ]
+    assert bad[0]["energy_label"] == "not measured"
+    assert rows.index(bad[0]) == 3  # before the window that took its place
+    assert rows[0]["energy_provenance"] == "measured_counter"
+    assert float(rows[0]["latency_p50_ns"]) == dense.windows[0].latency.p50_ns
+    assert rows[0]["latency_p99_9_ns"] == ""
+
+
+def judged(old: Results, new: Results, **options: Any) -> dict[str, str]:
+    compared = compare_results(old, new, **options)
+    assert compared.regression == any(c.judgement == "regression" for c in compared.changes)
+    return {f"{c.variant} {c.quantity}": c.judgement for c in compared.changes}
+
+
+def test_a_planted_regression_is_found_and_named() -> None:
+    expected = {"dense latency": "no clear difference", "dense energy": "no clear difference"}
+    old, slower = scattered(0), scattered(1, 1.05)
+    worse = {"mild latency": "regression", "mild energy": "regression"}
+    assert judged(old, slower) == expected | worse
+    assert judged(slower, old) == expected | dict.fromkeys(worse, "improvement")
+    assert judged(old, slower, threshold=0.2) == expected | dict.fromkeys(
+        worse, "no clear difference"
+    )
+    table = compare_results(old, slower).table()
+    assert table.row_count == 4
+    assert "REGRESSION" in str(table.caption)
+
+
+def test_equal_results_are_no_regression_in_95_of_100_simulations() -> None:
+    # without a threshold, which is the harder gate
+    found = [
+        compare_results(scattered(2 * i), scattered(2 * i + 1), threshold=0.0) for i in range(100)
+    ]
+    assert sum(each.regression for each in found) <= 5
+    assert not any(change.ratio.confidence < 0.9875 for each in found for change in each.changes)
+
+
+def test_a_planted_regression_is_found_in_most_simulations() -> None:
+    found = [compare_results(scattered(i), scattered(1000 + i, 1.05)) for i in range(40)]
+    assert sum(each.regression for each in found) >= 38
+
+
+def test_too_few_windows_support_nothing() -> None:
+    compared = compare_results(scattered(0, windows=3), scattered(1, 2.0, windows=3))
+    assert not compared.regression
+
+
+def test_what_differs_is_told() -> None:
+    old = scattered(0)
+    new = dataclasses.replace(
+        scattered(1, preset="quick"),
+        threads=4,
+        environment_before=harness.ENVIRONMENT | {"cpu": "another", "versions": {"python": "3.12"}},
+    )
+    new = dataclasses.replace(
+        new, verdict=dataclasses.replace(new.verdict, valid=False, failures=("hot",))
+    )
+    told = "\n".join(compare_results(old, new).differences)
+    for words in (
+        "preset: standard (old), quick (new)",
+        "threads: 2 (old), 4 (new)",
+        "cpu: a test (old), another (new)",
+        "versions: python 3.11 (old), python 3.12 (new)",
+        "the new results are NOT VALID: hot",
+    ):
+        assert words in told, words
+    assert compare_results(old, old).differences == ()
+
+
+def relabelled(results: Results, provenance: Any) -> Results:
+    """The same joules, from elsewhere; None: without them."""
+    candidates = []
+    for candidate in results.candidates:
+        energy, windows = candidate.energy_mj, candidate.windows
+        assert energy is not None
+        if provenance is None:
+            windows = tuple(dataclasses.replace(window, energy=None) for window in windows)
+        changed = dataclasses.replace(energy, provenance=provenance) if provenance else None
+        candidates.append(dataclasses.replace(candidate, windows=windows, energy_mj=changed))
+    record = dataclasses.replace(results.meter_record, provenance=provenance)
+    return dataclasses.replace(results, candidates=tuple(candidates), meter_record=record)
+
+
+def test_what_cannot_be_compared_is_an_error() -> None:
+    old, new = scattered(0), scattered(1)
+    with pytest.raises(MeasurementError, match=r"estimated_model and measured_counter.*--meter"):
+        compare_results(old, relabelled(new, "estimated_model"))
+    lacking = dataclasses.replace(new, candidates=new.candidates[:1])
+    with pytest.raises(MeasurementError, match="lack mild on onnxruntime"):
+        compare_results(old, lacking)
+    more = compare_results(lacking, new)
+    assert "only the new results have: mild on onnxruntime" in more.differences
+    without = compare_results(old, relabelled(new, None))
+    assert {change.quantity for change in without.changes} == {"latency"}
+    assert any("joules are not compared" in words for words in without.differences)
+
+
+def race(factor: float, preset: str = "standard") -> BundleRace:
+    """Bundles that share the machine's drift; B's mild takes ``factor`` of A's."""
+    first, second = (
+        harness.results(preset, factor=0.5),
+        harness.results(preset, factor=0.5 * factor),
+    )
+    return make_race(first, second, ["they replay different images"])
+
+
+def test_a_race_says_in_words_which_difference_is_real() -> None:
+    faster = race(0.9)
+    words = {pair.name: pair.words for pair in faster.pairs}
+    assert words == {
+        "dense on onnxruntime": "latency: no clear difference; "
+        "energy (measured): no clear difference",
+        "mild on onnxruntime": "latency: B takes 10.0% less than A, and the difference is real; "
+        "energy (measured): B takes 10.0% less than A, and the difference is real",
+    }
+    assert faster.verdict.valid
+    assert faster.verdict.notes == ("they replay different images",)
+    (pair,) = (pair for pair in faster.pairs if pair.variant == "mild")
+    assert pair.latency_ratio.value == pytest.approx(0.9)
+    assert faster.table().row_count == 2
+    slower = {pair.variant: pair.words for pair in race(1.25).pairs}
+    assert "B takes 25.0% more than A, and the difference is real" in slower["mild"]
+
+
+def test_a_quick_or_invalid_race_claims_nothing() -> None:
+    assert "but no claim: preset quick" in race(0.9, "quick").pairs[1].words
+    first, second = harness.results(), harness.results(factor=0.4)
+    failed = dataclasses.replace(second.verdict, valid=False, failures=("hot",))
+    found = make_race(first, dataclasses.replace(second, verdict=failed), [])
+    assert not found.verdict.valid
+    assert found.verdict.failures == ("B: hot",)
+    assert "but no claim: the measurement is not valid" in found.pairs[1].words
+
+
+def test_csv_of_a_race_tells_whose_a_window_is() -> None:
+    rows = list(csv.DictReader(io.StringIO(windows_csv(race(1.0)))))
+    assert [row["contestant"] for row in rows] == ["A"] * 20 + ["B"] * 20
+
+
+def gate(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.bench_main([str(argument) for argument in arguments])
+    return int(caught.value.code or 0)
+
+
+def test_gate_answers_by_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, same, slower = (tmp_path / f"{name}.json" for name in ("old", "same", "slower"))
+    for path, content in ((old, scattered(0)), (same, scattered(1)), (slower, scattered(2, 1.05))):
+        write_results(path, content)
+    assert gate("--compare", old, same) == 0
+    assert "no regression" in capsys.readouterr().out
+    assert gate("--compare", old, slower, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["regression"] is True
+    assert gate("--compare", old, slower, "--threshold", "0.3") == 0
+    same.write_text("{}")
+    assert gate("--compare", old, same) == 2
+    assert gate("--compare", old, tmp_path / "none.json") == 2
+    assert gate("--compare", old, old, "-o", tmp_path / "x.json") == 2
+    told = capsys.readouterr().err
+    assert "none.json" in told
+    assert "no BUNDLE" in told
+
+
+def test_command_line_of_bench_is_checked_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, words in (
+        (("a", "b", "c"), "Got 3 bundles"),
+        (("a", "b", "--certify"), "Got 2 bundles, expected 1."),
+        (("a", "-o", "results.txt"), "ends in .json"),
+        (("--compare", "old.json"), "requires 2 arguments"),
+    ):
+        assert gate(*arguments) == 2
+        assert words in capsys.readouterr().err
