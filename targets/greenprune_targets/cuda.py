@@ -16,7 +16,7 @@ class Cuda(TensorRtTarget):
         runtimes=("tensorrt",),
         opset=20,
         width_multiple=32,
-        meters=("nvml",),
+        meters=("nvml", "rapl"),
         machines=("x86_64", "aarch64"),
         built_on_device=True,
         status="ready, but never yet run on NVIDIA hardware; width_multiple is not measured",

@@ -37,8 +37,7 @@ def test_an_external_meter_in_twenty_lines(tmp_path: Path, monkeypatch: pytest.M
     clock = trees.SimulatedClock()
 
     def write(now: float) -> None:
-        if joules.is_file():
-            joules.write_text(f"{30.0 * trees.last_tick(now, 0.1, 0.0):.3f}\n")
+        trees.renew(joules, round(30.0 * trees.last_tick(now, 0.1, 0.0)))
 
     clock.watchers.append(write)
     with open_with(clock, "analyser_of_the_docs:open_analyser") as meter:
