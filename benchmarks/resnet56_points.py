@@ -48,12 +48,10 @@ class Point:
     learning_rate: float = 0.05
     features: float = 0.0
     """As ``finetune.*.features``, for what is distilled."""
-    cutmix: float = 0.0
-    """As ``finetune.*.cutmix``, for what is distilled."""
 
 
 POINTS = {
-    "half": Point(macs=1 - 0.4745, params=1 - 0.4235, cutmix=0.5),
+    "half": Point(macs=1 - 0.4745, params=1 - 0.4235),
     "quarter": Point(macs=0.26, features=50.0),
 }
 
@@ -138,11 +136,7 @@ def schedule(point: Point, *, distilled: bool) -> TrainingSettings:
     }
     if distilled:
         return DistillationSettings(
-            distillation=0.9,
-            temperature=4.0,
-            features=point.features,
-            cutmix=point.cutmix,
-            **settings,
+            distillation=0.9, temperature=4.0, features=point.features, **settings
         )
     return TrainingSettings(**settings)
 

@@ -32,35 +32,3 @@ def _crop(inputs: Tensor, pad: int, generator: torch.Generator | None) -> Tensor
     top, left = torch.randint(2 * pad + 1, (2, count), generator=generator)
     windows = F.pad(inputs, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(count), :, top, left]
-
-
-def cutmix(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Images with one patch each from another of the batch (CutMix, Yun et al., 2019).
-
-    The patch is the same for all; its area is uniform in [0, 1] before the edges clip it. (The one
-    of torchvision draws from the global generator, and mixes labels, which are not needed here.)
-
-    Args:
-        inputs: float32 [N, C, H, W].
-        generator: decides on the patch and on the pairs.
-
-    Raises:
-        DataError: the inputs are no images.
-    """
-    if inputs.dim() != 4:
-        raise DataError(
-            f"cutmix: expected images [N, C, H, W], found inputs {list(inputs.shape)}; set it to 0"
-        )
-    height, width = inputs.shape[2:]
-    drawn = torch.rand(3, generator=generator).tolist()
-    half = drawn[0] ** 0.5 / 2
-    top, bottom = _clipped(drawn[1], half, height)
-    left, right = _clipped(drawn[2], half, width)
-    order = torch.randperm(len(inputs), generator=generator)
-    mixed = inputs.clone()
-    mixed[:, :, top:bottom, left:right] = inputs[order, :, top:bottom, left:right]
-    return mixed
-
-
-def _clipped(centre: float, half: float, size: int) -> tuple[int, int]:
-    return round(max(0.0, centre - half) * size), round(min(1.0, centre + half) * size)

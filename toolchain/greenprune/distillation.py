@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from greenprune.recipe import DistillationSettings
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
@@ -30,9 +30,6 @@ def distilled(
     It is ``(1 - w) supervised + w T² KL(teacher ‖ model)`` at temperature T (Hinton et al., 2015)
     and, at the stages that :func:`shared_stages` finds, the mean of ``f ‖model - teacher‖² /
     ‖teacher‖²`` of their outputs (after FitNets, Romero et al., 2015; the norm is our choice).
-    Where ``targets`` is None, as for mixed images, w is 1: the teacher has seen its own images too
-    often to say more of them than their labels do, and does say more of mixed ones (Beyer et al.,
-    2022).
 
     Args:
         model: being trained; its forward comes before each call.
@@ -48,7 +45,7 @@ def distilled(
     taught: dict[str, Tensor] = {}
     handles = [*_keep(model, stages, own), *_keep(teacher, stages, taught)]
 
-    def objective(inputs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
+    def objective(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad(), autocast():
             answers = teacher(inputs)
         divergence = F.kl_div(
@@ -57,9 +54,8 @@ def distilled(
             reduction="batchmean",
             log_target=True,
         )
-        value = temperature**2 * divergence
-        if targets is not None:
-            value = (1 - weight) * supervised(outputs, targets) + weight * value
+        value = (1 - weight) * supervised(outputs, targets)
+        value = value + weight * temperature**2 * divergence
         if stages:
             apart = [_apart(own.pop(name), taught.pop(name)) for name in stages]
             value = value + settings.features * torch.stack(apart).mean()

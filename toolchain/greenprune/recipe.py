@@ -114,9 +114,6 @@ class DistillationSettings(TrainingSettings):
     temperature: Positive = 4.0
     features: NonNegative = 0.0
     """Weight of how far the stages' outputs are from the teacher's, where their shapes agree."""
-    cutmix: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    """Share of the batches whose images get a patch of another one (CutMix); there the teacher's
-    answer alone is the target."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from greenprune import processes, schema, storage
-from greenprune.augmentation import cutmix
 from greenprune.bundle import Preprocessing
 from greenprune.data import Data, Split, batches, take
 from greenprune.distillation import Loss, Objective, distilled
@@ -96,11 +95,8 @@ def fit(
             more processes than images in a batch.
         StorageError: the checkpoint cannot be written.
     """
-    mixed = 0.0
-    if teacher is not None:
-        if not isinstance(settings, DistillationSettings):
-            raise TrainingError("a teacher needs DistillationSettings, found TrainingSettings")
-        mixed = settings.cutmix
+    if teacher is not None and not isinstance(settings, DistillationSettings):
+        raise TrainingError("a teacher needs DistillationSettings, found TrainingSettings")
     fabric = processes.launch(settings.precision)
     key = _key(model, data, settings, seed, loss, teacher, penalty, label)
     networks = [model] if teacher is None else [model, teacher]
@@ -126,9 +122,7 @@ def fit(
     ):
         for epoch in range(len(losses), settings.epochs):
             started = time.perf_counter()
-            run = _Epoch(
-                epoch=epoch, seed=seed, settings=settings, data=data, layout=layout, mixed=mixed
-            )
+            run = _Epoch(epoch=epoch, seed=seed, settings=settings, data=data, layout=layout)
             losses.append(run.train(fabric, wrapped, stepper, objective, penalty, advance))
             seconds.append(time.perf_counter() - started)
             if checkpoint is not None and fabric.is_global_zero:
@@ -151,8 +145,6 @@ class _Epoch:
     settings: TrainingSettings
     data: Data
     layout: torch.memory_format
-    mixed: float
-    """Share of the batches that CutMix mixes."""
 
     def train(
         self,
@@ -178,15 +170,12 @@ class _Epoch:
                 group["lr"] = rate
             # all processes draw the whole batch's augmentation: the same as one process would
             batch = take(data.train, together, data.preprocessing, drawn, data.augmentation)
-            mixed = self.mixed > 0 and bool(torch.rand((), generator=drawn) < self.mixed)
-            if mixed:
-                batch = cutmix(batch[0], drawn), batch[1]
             own = [part[fabric.global_rank :: fabric.world_size] for part in batch]
             share = len(own[1]) * fabric.world_size / len(together)
             inputs, targets = fabric.to_device(own)
             inputs = inputs.contiguous(memory_format=self.layout)
             optimizer.zero_grad()
-            value = objective(inputs, model(inputs), None if mixed else targets)
+            value = objective(inputs, model(inputs), targets)
             found = _finite(value, self.epoch, number, rate)
             fabric.backward(value * share)  # the mean over processes is the batch's mean
             optimizer.step()
