@@ -6,7 +6,7 @@ ResNet-56 in fp32, batch 1, a thread a core for all. OpenVINO: one window of our
 `benchmark_app -hint latency -api sync` on the same .xml. ONNX Runtime: one window of our harness,
 and a bare loop around `InferenceSession.run` with the same settings in a process of its own. In
 every round all four run once, in an order drawn anew; the ratio is ours over theirs, paired by
-round, with a 95% bootstrap interval. It must contain 1 and be at most 3% wide to either side.
+round, with a 95% interval by order statistics, which must contain 1 and reach 3% at most.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
             print(number, {name: round(values[-1], 4) for name, values in found.items()})
     pairs = {"openvino": "benchmark_app", "onnxruntime": "bare loop"}
     ratios = {
-        f"{runtime} / {other}": schema.encode(paired_ratio(found[runtime], found[other], SEED))
+        f"{runtime} / {other}": schema.encode(paired_ratio(found[runtime], found[other]))
         for runtime, other in pairs.items()
     }
     figures = {"threads": usable_cores(), "medians_ms": found, "ratios": ratios}

@@ -3,8 +3,8 @@
     python benchmarks/meter_overhead.py [--blocks 40] [--seconds 2]
 
 Nothing is read for an inference; inside a window only the background thread works: RAPL's counters
-once a second, a board's power rails every 10 ms. Blocks of the harness's timing loop with an open
-meter and without take turns, in an order drawn for each pair, over a tree of files in a temporary
+once a second, a board's power rails every 10 ms. Blocks of the harness's timing loop with that
+thread and without take turns, in an order drawn for each pair, over a tree of files in a temporary
 folder (reading a real sensor takes longer, but waits for its bus outside of Python's lock). Two
 loops: matrix products, which like a runtime's inference leave Python's lock free, and pure Python,
 which holds it. The figure is the paired ratio of the blocks' medians.
@@ -27,7 +27,10 @@ import numpy as np
 from common import write_result
 
 from greenprune.harness.statistics import paired_ratio
-from greenprune.meters import open_meter
+from greenprune.meters.clock import Clock
+from greenprune.meters.device import MeterDevice
+from greenprune.meters.ina import open_ina
+from greenprune.meters.rapl import open_rapl
 from greenprune.progress import progress
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))
@@ -36,7 +39,10 @@ import meter_trees
 
 SEED = 0
 LIMIT = 0.005
-METERS = ("rapl", "ina")
+METERS: dict[str, Callable[[Path], MeterDevice]] = {
+    "rapl": lambda root: open_rapl(root, Clock()),
+    "ina": lambda root: open_ina(root, Clock())[0],
+}
 
 
 def trees(root: Path) -> None:
@@ -78,7 +84,7 @@ def block(work: Callable[[], object], seconds: float) -> tuple[float, float]:
 def measure(
     loop: str, meter: str, root: Path, options: argparse.Namespace, advance: Callable[[], None]
 ) -> dict[str, Any]:
-    """The ratio of blocks with an open meter to blocks without."""
+    """The ratio of blocks in which a meter is read to blocks without."""
     work, draw = LOOPS[loop](), random.Random(SEED)
     block(work, options.seconds)
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
@@ -86,13 +92,13 @@ def measure(
         for metered in draw.sample([True, False], 2):
             with ExitStack() as stack:
                 if metered:
-                    stack.enter_context(open_meter(meter, root))
+                    stack.enter_context(METERS[meter](root).polled())
                 found[metered].append(block(work, options.seconds))
             advance()
     figures: dict[str, Any] = {"median_ns": statistics.median(one for one, _ in found[False])}
     for index, name in enumerate(("median", "mean")):
         ratio = paired_ratio(
-            [one[index] for one in found[True]], [one[index] for one in found[False]], SEED
+            [one[index] for one in found[True]], [one[index] for one in found[False]]
         )
         figures[f"{name}_ratio"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
     return figures

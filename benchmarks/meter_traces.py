@@ -3,10 +3,10 @@
     python benchmarks/meter_traces.py [--traces 10000]
 
 Constant, rising and stepped power; counters with RAPL's ticks of 1 ms and NVML's of 100 ms, sensors
-with INA3221's of 6.6 ms; wraps at every phase, dropped samples, freezes, resets, files that vanish
-or become unreadable. A measurement is valid where it raised nothing and its interval reaches at
-most 0.5% from its value. Exit status 1 where one is wrong and called valid, or fewer than 95% of
-the recoverable ones are valid.
+with INA3221's of 6.6 ms, and a processor's counter beside a GPU's; wraps at every phase, dropped
+samples, freezes, resets, files that vanish or become unreadable. A measurement is valid where it
+raised nothing and its interval reaches at most 0.5% from its value. Exit status 1 where one is
+wrong and called valid, or fewer than 95% of the recoverable ones are valid.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def one(
 
 
 def rows(racer: race.Racer, reduction: float) -> dict[str, Any]:
-    speedup = paired_ratio(racer.blocks_ms["dense"], racer.blocks_ms["half"], SEED)
+    speedup = paired_ratio(racer.blocks_ms["dense"], racer.blocks_ms["half"])
     return {
         "latency_ms": schema.encode(racer.latency_ms),
         "speedup": schema.encode(speedup),

@@ -66,6 +66,11 @@ class SimulatedClock(Clock):
         self._plan(seconds, call, alive)
         return lambda: alive.__setitem__(0, False)
 
+    @property
+    def background_calls(self) -> int:
+        """Of those asked for, how many have not been stopped."""
+        return sum(alive[0] for *_, alive in self._calls)
+
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         end = self.time + seconds

@@ -4,13 +4,16 @@ A measurement is called valid where it raised nothing and its interval reaches a
 value. It may never be valid and wrong, and its interval must always hold the truth. What is
 recoverable, and must mostly be valid, is decided here from the trace alone: nothing is lost, and
 the window is long enough for the counter's ticks or the sensor's samples.
+
+Left out is what no meter of this kind can see, as docs/measuring.md says: pulses between two of a
+sensor's samples, and resets of a counter that is about to wrap.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meter_trees import (
     AMD_RANGE_UJ,
@@ -31,7 +34,8 @@ from greenprune.meters.meter import WIDE, Source
 from greenprune.meters.readers import CounterReader, IntervalReader, Reader
 from greenprune.meters.sampling import PowerDevice
 
-KINDS = ("rapl", "nvml", "ina")
+SAMPLE_SECONDS = 0.01
+KINDS = ("rapl", "nvml", "ina", "rapl+nvml")
 SHAPES = ("constant", "ramp", "steps")
 COUNTER_FAULTS = (
     "none",
@@ -57,6 +61,8 @@ FAULTS = {
         "vanished",
     ),
 }
+FAULTS["rapl+nvml"] = FAULTS["rapl"]
+"""RAPL's."""
 HARMLESS = ("none", "wrap", "short freeze", "dropped samples")
 """Nothing is lost."""
 
@@ -74,8 +80,9 @@ class Trace:
     @property
     def recoverable(self) -> bool:
         """Whether a good meter can tell the joules to 0.5%."""
-        ticks = {"rapl": RAPL_TICK_SECONDS, "nvml": NVML_TICK_SECONDS, "ina": 0.05}[self.kind]
-        return self.fault in HARMLESS and self.seconds >= 200 * ticks
+        ticks = {"rapl": RAPL_TICK_SECONDS, "nvml": NVML_TICK_SECONDS, "ina": 0.05}
+        slowest = max(ticks[kind] for kind in self.kind.split("+"))
+        return self.fault in HARMLESS and self.seconds >= 200 * slowest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +127,7 @@ def draw_trace(seed: int) -> Trace:
     fault = draw.choice(FAULTS[kind])
     if draw.random() < 0.5 and fault not in HARMLESS:
         fault = draw.choice([one for one in HARMLESS if one in FAULTS[kind]])
-    least, most = {"rapl": (0.02, 20.0), "nvml": (0.5, 60.0), "ina": (0.5, 30.0)}[kind]
+    least, most = {"rapl": (0.02, 20.0), "ina": (0.5, 30.0)}.get(kind, (0.5, 60.0))
     if fault == "no polls":
         most = 300.0  # a counter can go round more than once
     elif fault not in ("none", "wrap", "dropped samples"):
@@ -130,18 +137,22 @@ def draw_trace(seed: int) -> Trace:
 
 
 def measure_trace(trace: Trace) -> Outcome:
-    """Measure a trace with the meter of its kind."""
+    """Measure a trace with the meter of its kind, or two that add up."""
     draw = random.Random(trace.seed + 1)
     clock = SimulatedClock()
     # The window starts after a wait for ticks, so the power's corners lie around a later moment.
     begin = clock.time + draw.uniform(1.0, 2.0)
-    power = _power(trace, begin, draw)
     bad = (begin + draw.uniform(0.05, 0.5) * trace.seconds, _length(trace, draw))
-    if trace.kind == "ina":
-        source = _sensor(trace, power, clock, bad, draw)
-    else:
-        source = _counters(trace, power, clock, bad, begin, draw)
-    meter = Meter(trace.kind, [source])
+    powers, sources = [], []
+    for index, kind in enumerate(trace.kind.split("+")):
+        part = replace(trace, kind=kind, fault="none" if index else trace.fault)
+        power = _power(part, begin, draw)
+        powers.append(power)
+        if kind == "ina":
+            sources.append(_sensor(part, power, clock, bad, draw))
+        else:
+            sources.append(_counters(part, power, clock, bad, begin, draw))
+    meter = Meter(trace.kind, sources)
     with meter:
         clock.advance(max(0.0, begin - 0.9 - clock.time))
         truth = 0.0
@@ -149,7 +160,7 @@ def measure_trace(trace: Trace) -> Outcome:
             with meter.measure() as window:
                 start = clock.time
                 clock.advance(trace.seconds)
-                truth = power.between(start, clock.time)
+                truth = sum(power.between(start, clock.time) for power in powers)
         except MeasurementError as error:
             return Outcome(truth=truth, energy=None, error=str(error))
         unit = trace.seconds * 5e-3 if trace.kind == "ina" else 4e-3
@@ -178,7 +189,10 @@ def _power(trace: Trace, begin: float, draw: random.Random) -> Power:
     if trace.shape == "ramp":
         return Power(times=[begin, end], watts=[level, other])
     times, watts = [begin], [level]
+    shortest = 2 * SAMPLE_SECONDS if trace.kind == "ina" else 0.0
     for moment in sorted(draw.uniform(begin, end) for _ in range(draw.randint(1, 30))):
+        if moment - times[-1] < shortest:
+            continue
         times += [moment, moment + 1e-6]
         watts += [watts[-1], other if watts[-1] == level else level]
     return Power(times=times, watts=watts)
@@ -208,7 +222,9 @@ def _counters(
             start_uj = range_uj - draw.uniform(0.1, 0.9) * window_uj
         elif trace.fault == "reset":
             # nearer to its range than this a reset looks like a wrap
-            start_uj = draw.uniform(0.01 * range_uj, range_uj - 2 * MOST_WATTS * 1e6)
+            most_uj = range_uj - 2 * MOST_WATTS * 1e6
+            most_uj -= part.between(begin, begin + trace.seconds) * 1e6
+            start_uj = draw.uniform(0.01 * range_uj, most_uj)
         simulated = SimulatedCounter(
             power=part,
             tick_seconds=tick,
@@ -264,7 +280,7 @@ def _sensor(
         "VDD_IN",
         read_watts,
         clock,
-        sample_seconds=0.01,
+        sample_seconds=SAMPLE_SECONDS,
         period_seconds=INA_TICK_SECONDS,
         lag_seconds=2 * INA_TICK_SECONDS,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def test_a_long_recipe_trains_prunes_and_fine_tunes(
 
 
 def test_the_crnn_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the measurement's lock
+    monkeypatch.setattr("greenprune.harness.protocol.LOCK", tmp_path / "lock")
     write_mnist(tmp_path)
     overrides = [
         *few(32),

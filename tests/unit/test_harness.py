@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenprune.errors import MeasurementError
-from greenprune.harness import PRESETS, describe_environment, diagnose
+from greenprune.harness import PRESETS, describe_environment, diagnose, protocol
 from greenprune.harness.client import Client, WorkerError
 from greenprune.harness.conditions import Conditions
 from greenprune.harness.environment import print_diagnosis
@@ -24,10 +29,17 @@ from greenprune.harness.results import SCHEMA_VERSION, MeasuredWindow, MeterReco
 from greenprune.harness.statistics import (
     order_interval,
     paired_ratio,
+    raised_confidence,
     summarise,
+    supports_claim,
     unpaired_ratio,
 )
-from greenprune.harness.summary import inference_energy, settle, summarise_candidate
+from greenprune.harness.summary import (
+    energy_ratio,
+    inference_energy,
+    settle,
+    summarise_candidate,
+)
 from greenprune.harness.verdict import judge_all
 from greenprune.meters import Energy
 
@@ -119,7 +131,6 @@ def results(preset: str = "standard", factor: float = 0.5) -> Results:
             idle_watts=(1.0, 1.0),
             windows=windows,
             dense_windows=dense,
-            seed=0,
         )
         for name, windows in (("dense", dense), ("mild", mild))
     )
@@ -172,10 +183,49 @@ def test_order_interval_holds_its_value_and_ignores_order(values: list[float]) -
 @pytest.mark.parametrize("blocks", [6, 10, 20, 40])
 def test_paired_ratio_cancels_what_blocks_share(blocks: int) -> None:
     drift = np.random.default_rng(1).uniform(1, 10, size=blocks)
-    found = paired_ratio(list(3 * drift), list(drift), seed=0)
+    found = paired_ratio(list(3 * drift), list(drift))
     assert (found.low, found.value, found.high) == pytest.approx((3, 3, 3))
     assert found.excludes(1.0)
-    assert not paired_ratio(list(drift), list(drift[::-1]), seed=0).excludes(1.0)
+    assert not paired_ratio(list(drift), list(drift[::-1])).excludes(1.0)
+
+
+def test_paired_ratio_of_twenty_covers_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(4).lognormal(0.0, 0.01, size=(2000, 20))
+    found = [paired_ratio(list(draw), [1.0] * 20) for draw in draws]
+    said = found[0].confidence
+    assert said >= 0.95
+    covers = sum(not each.excludes(1.0) for each in found) / len(found)
+    assert covers == pytest.approx(said, abs=4 * math.sqrt(said * (1 - said) / len(found)))
+
+
+@pytest.mark.parametrize("windows", [5, 6, 10, 20])
+@pytest.mark.parametrize("paired", [True, False])
+def test_of_sixteen_equal_ratios_none_is_claimed_in_95_of_100(windows: int, paired: bool) -> None:
+    confidence = raised_confidence(16)
+    assert confidence == pytest.approx(0.996875)
+    draw, wrong, families = np.random.default_rng(5), 0, 200
+    for _ in range(families):
+        a, b = draw.lognormal(0.0, 0.05, size=(2, 16, windows)).tolist()
+        pairs = zip(a, b, strict=True)
+        found = [
+            paired_ratio(*pair, confidence=confidence)
+            if paired
+            else unpaired_ratio(*pair, confidence)
+            for pair in pairs
+        ]
+        wrong += any(supports_claim(each, confidence, threshold=0.0) for each in found)
+    assert wrong <= 0.05 * families
+
+
+def test_a_claim_takes_the_raised_confidence_and_more_than_the_threshold() -> None:
+    confidence = raised_confidence(16)
+    five = unpaired_ratio([2.0] * 5, [1.0] * 5, confidence)  # 99.2 % at most
+    assert not supports_claim(five, confidence)
+    assert supports_claim(five, raised_confidence(6))
+    sure = paired_ratio([1.02] * 10, [1.0] * 10, confidence=confidence)
+    assert sure.excludes(1.0)
+    assert not supports_claim(sure, confidence)
+    assert supports_claim(sure, confidence, threshold=0.01)
 
 
 def test_latency_percentiles_and_p99_only_from_662_samples() -> None:
@@ -253,7 +303,6 @@ def test_verdict_fails_on_spread_and_unsteadiness() -> None:
         idle_watts=(None, None),
         windows=wild,
         dense_windows=wild,
-        seed=0,
     )
     assert candidate.energy_mj is None
     assert candidate.energy_ratio is None
@@ -284,7 +333,6 @@ def test_the_last_try_of_a_block_counts_and_the_first_is_kept() -> None:
         idle_watts=(1.0, 1.06),
         windows=kept,
         dense_windows=kept,
-        seed=0,
         discarded=discarded,
     )
     assert any("block 2 was invalid twice: processor" in f for f in candidate.verdict.failures)
@@ -293,6 +341,17 @@ def test_the_last_try_of_a_block_counts_and_the_first_is_kept() -> None:
     # the gap is left out of the joules, which are of the two windows that have them
     assert candidate.energy_mj is not None
     assert (candidate.energy_mj.low, candidate.energy_mj.high) == (4.0, 4.0)
+
+
+def test_joules_of_a_window_that_throttled_are_a_gap() -> None:
+    windows = [window(0, 1.0, 4.0), window(1, 1.0, 40.0, invalid="processor throttled")]
+    found = inference_energy(windows, (1.0, 1.0))
+    assert found is not None
+    assert (found.low, found.value, found.high) == (4.0, 4.0, 4.0)
+    ratio = energy_ratio(windows, [window(block, 1.0, 4.0) for block in range(2)])
+    assert ratio is not None
+    assert (ratio.low, ratio.high) == (1.0, 1.0)
+    assert inference_energy(windows[1:], (1.0, 1.0)) is None
 
 
 def test_verdict_writes_down_what_the_machine_did() -> None:
@@ -310,7 +369,6 @@ def test_verdict_writes_down_what_the_machine_did() -> None:
             idle_watts=(None, None),
             windows=windows,
             dense_windows=windows,
-            seed=0,
         )
         end: Any = ENVIRONMENT | after
         verdict = judge_all([candidate], "standard", ENVIRONMENT, end, [])
@@ -394,7 +452,7 @@ def test_doctor_answers_plain_data_and_tells_people(
 def test_worker_refuses_and_its_death_is_told() -> None:
     client = Client("dense on nothing")
     try:
-        with pytest.raises(WorkerError, match="'window' before 'load'") as caught:
+        with pytest.raises(WorkerError, match="'window' before 'open'") as caught:
             client.ask("window", 60)
         assert caught.value.kind == "MeasurementError"
         client.send("load")  # no arguments: the worker breaks
@@ -402,6 +460,102 @@ def test_worker_refuses_and_its_death_is_told() -> None:
             client.receive(60)
     finally:
         client.close()
+
+
+def test_a_worker_imports_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As somebody who measures a bundle from within its folder does."""
+    marker = tmp_path / "ran"
+    trap = f"open({str(marker)!r}, 'w').close()\nraise SystemExit"
+    for name in ("numpy", "json", "greenprune", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(trap)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    client = Client("dense on nothing")
+    try:
+        with pytest.raises(WorkerError, match="before 'open'"):
+            client.ask("window", 60)
+    finally:
+        client.close()
+    assert not marker.exists()
+
+
+def test_the_lock_is_one_for_the_machine_and_that_of_another_user_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if os.name == "posix":
+        code = "from greenprune.harness.protocol import LOCK; print(LOCK)"
+        environment = os.environ | {"TMPDIR": "/var/tmp", "PYTHONPATH": os.pathsep.join(sys.path)}
+        found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        assert Path(found.strip()) == protocol.LOCK == Path("/tmp/greenprune-bench.lock")
+
+    class Foreign:
+        def __init__(self, path: Path, **options: Any) -> None:
+            assert path == protocol.LOCK
+
+        def acquire(self, timeout: float) -> None:
+            raise PermissionError
+
+    monkeypatch.setattr(filelock, "FileLock", Foreign)
+    with (
+        pytest.raises(MeasurementError, match="that user or an administrator must remove"),
+        protocol.one_at_a_time(),
+    ):
+        pass
+
+
+class Patient:
+    """A client that writes down how long it would be waited for."""
+
+    name = "dense on nothing"
+    single_seconds = 0.0
+
+    def __init__(self, single_seconds: float) -> None:
+        self.limits: dict[str, float] = {}
+        self.answered = single_seconds
+
+    def ask(self, command: str, limit_seconds: float, **arguments: Any) -> dict[str, Any]:
+        self.limits[command] = limit_seconds
+        return {"images": 500, "single_seconds": self.answered}
+
+
+def test_a_slow_network_is_given_the_time_that_it_needs() -> None:
+    slow: Any = Patient(single_seconds=10.0)
+    preset = find_preset("report")
+    protocol.load_candidate(slow, preset, {})
+    assert slow.limits["load"] > 500 * 10.0
+    assert protocol._limit_seconds(slow, preset) > 662 * 10.0
+    quick: Any = Patient(single_seconds=0.001)
+    protocol.load_candidate(quick, preset, {})
+    assert quick.limits["load"] < 1000
+
+
+def test_a_machine_cools_to_where_it_was_before_anything_was_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, celsius = [0.0], [50.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        celsius[0] = max(celsius[0] - 0.5 * seconds, 40.0)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(protocol, "hottest_c", lambda: celsius[0])
+    preset = find_preset("standard")
+    assert protocol._cool_down(40.0, preset) == 0.0
+    assert (clock[0], celsius[0]) == (14.0, 43.0)
+    # it never gets there: the limit, and a note
+    assert protocol._cool_down(30.0, preset) == 10.0
+    assert clock[0] == 14.0 + protocol.COOL_DOWN_LIMIT_SECONDS
+    monkeypatch.setattr(protocol, "_window", lambda *arguments: [])
+    _, notes = protocol.measure({}, preset, 0, lambda *arguments: None, 30.0)
+    assert notes == [
+        "9 of 10 blocks began before the machine had cooled down: up to 10 C warmer than at the "
+        "start, after 120 s of rest"
+    ]
+    assert protocol.measure({}, preset, 0, lambda *arguments: None, 40.0)[1] == []
 
 
 def test_an_interrupt_while_a_worker_is_asked_leaves_nothing_that_holds_up_the_exit(

@@ -32,10 +32,12 @@ def test_own_time_is_no_background_and_a_throttle_is_a_cause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def at(clock: float, busy: float, stolen: float, own: float, events: int) -> Reading:
-        return Reading(clock=clock, busy=busy, stolen=stolen, own=own, throttle_events=events)
+        return Reading(
+            clock=clock, busy=busy, stolen=stolen, own=own, throttle_events=events, gpu_slowed={}
+        )
 
     def between(after: Reading) -> conditions.Conditions:
-        monkeypatch.setattr(conditions, "read_conditions", lambda: after)
+        monkeypatch.setattr(conditions, "read_conditions", lambda gpu: after)
         return conditions_since(at(10.0, 100.0, 5.0, 7.0, 3))
 
     found = between(at(12.0, 105.0, 6.0, 8.0, 3))
@@ -56,9 +58,16 @@ class NotSupportedError(Exception):
     """NVML's."""
 
 
-def fake_nvml(reasons: int) -> Any:
+def fake_nvml(reasons: int, violations: dict[int, int] | None = None) -> Any:
+    """``violations``: nanoseconds by performance policy; those that it lacks are not supported."""
+
     def refuse(handle: Any) -> Any:
         raise NotSupportedError
+
+    def violation(handle: Any, policy: int) -> Any:
+        if policy not in (violations or {}):
+            raise NotSupportedError
+        return types.SimpleNamespace(referenceTime=1, violationTime=(violations or {})[policy])
 
     return types.SimpleNamespace(
         NVMLError=NotSupportedError,
@@ -71,6 +80,7 @@ def fake_nvml(reasons: int) -> Any:
         nvmlDeviceGetEnforcedPowerLimit=lambda handle: 250_000,
         nvmlDeviceGetTemperature=lambda handle, kind: refuse(handle),
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: reasons,
+        nvmlDeviceGetViolationStatus=violation,
     )
 
 
@@ -93,6 +103,25 @@ def test_gpus_tell_their_clocks_limits_and_slowdowns(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(nvml, "visible_gpus", hidden)
     assert gpus() == []
+
+
+def test_a_gpu_that_throttled_within_a_window_and_is_idle_again_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    power, thermal, reliability = 0, 1, 5
+    violations = {power: 10, thermal: 10}
+    nvml_module = fake_nvml(0x1, violations)  # idle, before and after
+    monkeypatch.setattr(conditions, "_nvml", lambda: nvml_module)
+    monkeypatch.setattr(nvml, "visible_gpus", lambda module: {"GPU-1": 7, "GPU-2": 8})
+    reading = conditions.read_conditions(gpu=True)
+    assert reading.gpu_slowed == {"thermal limit": 20}  # what no GPU counts is absent, not 0
+    violations[power] = 99  # the cap at which many GPUs always run
+    assert conditions_since(reading, gpu=True).throttled == ""
+    violations[thermal] = 11
+    assert conditions_since(reading, gpu=True).throttled == "GPU: thermal limit"
+    assert conditions_since(reading).throttled == ""
+    violations[reliability] = 5  # it answers only now: what it counted before is not known
+    assert conditions_since(reading, gpu=True).throttled == "GPU: thermal limit"
 
 
 def test_a_container_is_known_by_its_cgroup(tmp_path: Path) -> None:

@@ -15,8 +15,14 @@ import numpy as np
 import pytest
 
 from greenprune import cli
-from greenprune.errors import MeasurementError
-from greenprune.harness import Results, compare_results, read_results, write_results
+from greenprune.errors import MeasurementError, StorageError
+from greenprune.harness import (
+    Results,
+    check_destination,
+    compare_results,
+    read_results,
+    write_results,
+)
 from greenprune.harness.bundle_race import BundleRace, make_race
 from greenprune.harness.files import HERE, SCHEMA_FILES, results_schema, windows_csv
 from greenprune.harness.results import MeasuredWindow
@@ -56,7 +62,6 @@ def scattered(
             idle_watts=(1.0, 1.0),
             windows=each,
             dense_windows=found["dense"],
-            seed=0,
         )
         for name, each in found.items()
     )
@@ -84,6 +89,12 @@ def test_results_survive_the_disk_whole(tmp_path: Path) -> None:
         (lambda content: content.pop("verdict"), "missing required field 'verdict'"),
         (lambda content: content.update(speed=1), "unknown key 'speed'"),
         (lambda content: content["environment_before"].pop("cpu"), "environment_before"),
+        (
+            lambda content: content["environment_after"].update(moon="full"),
+            "environment_after: unknown key moon",
+        ),
+        (lambda content: content.update(candidates=[]), "length >= 1"),
+        (lambda content: content["candidates"][0].update(windows=[]), "length >= 1"),
         (
             lambda content: content["candidates"][0]["windows"][0].update(energy=0),
             r"candidates\[0\]\.windows\[0\]\.energy",
@@ -196,17 +207,40 @@ def test_a_planted_regression_is_found_in_most_simulations() -> None:
 def test_too_few_windows_support_nothing() -> None:
     compared = compare_results(scattered(0, windows=3), scattered(1, 2.0, windows=3))
     assert not compared.regression
+    (told,) = compared.differences
+    assert told.startswith("too few windows to find a regression: 90.00% sure at most, and 4 ")
+    # five against five, as mlperf-tiny has them, are enough for four quantities
+    compared = compare_results(scattered(0, windows=5), scattered(1, 2.0, windows=5))
+    assert compared.regression
+    assert compared.differences == ()
+
+
+GPU = {
+    "name": "A",
+    "driver": "595",
+    "clock_mhz": 1000,
+    "memory_clock_mhz": 2000,
+    "power_limit_watts": 250.0,
+    "temperature_c": 40,
+    "limited_by": [],
+}
 
 
 def test_what_differs_is_told() -> None:
-    old = scattered(0)
+    old = dataclasses.replace(
+        scattered(0), environment_before=harness.ENVIRONMENT | {"gpus": [GPU]}
+    )
     new = dataclasses.replace(
         scattered(1, preset="quick"),
         threads=4,
-        environment_before=harness.ENVIRONMENT | {"cpu": "another", "versions": {"python": "3.12"}},
-    )
-    new = dataclasses.replace(
-        new, verdict=dataclasses.replace(new.verdict, valid=False, failures=("hot",))
+        environment_before=harness.ENVIRONMENT
+        | {
+            "cpu": "another",
+            "versions": {"python": "3.12"},
+            "gpus": [GPU | {"driver": "600"}],
+            "clocks_locked": True,
+            "energy_preference": "performance",
+        },
     )
     told = "\n".join(compare_results(old, new).differences)
     for words in (
@@ -214,10 +248,21 @@ def test_what_differs_is_told() -> None:
         "threads: 2 (old), 4 (new)",
         "cpu: a test (old), another (new)",
         "versions: python 3.11 (old), python 3.12 (new)",
-        "the new results are NOT VALID: hot",
+        "clocks locked: None (old), True (new)",
+        "energy preference: None (old), performance (new)",
+        "GPUs: A, driver 595, power limit 250.0 W (old), A, driver 600, power limit 250.0 W (new)",
     ):
         assert words in told, words
     assert compare_results(old, old).differences == ()
+    # what a GPU does from moment to moment is no difference
+    warmer = harness.ENVIRONMENT | {"gpus": [GPU | {"temperature_c": 60, "clock_mhz": 900}]}
+    again = dataclasses.replace(old, environment_before=warmer)
+    assert compare_results(old, again).differences == ()
+
+
+def invalid(results: Results) -> Results:
+    verdict = dataclasses.replace(results.verdict, valid=False, failures=("hot",))
+    return dataclasses.replace(results, verdict=verdict)
 
 
 def relabelled(results: Results, provenance: Any) -> Results:
@@ -238,6 +283,9 @@ def test_what_cannot_be_compared_is_an_error() -> None:
     old, new = scattered(0), scattered(1)
     with pytest.raises(MeasurementError, match=r"estimated_model and measured_counter.*--meter"):
         compare_results(old, relabelled(new, "estimated_model"))
+    for pair, which in (((old, invalid(new)), "new"), ((invalid(old), new), "old")):
+        with pytest.raises(MeasurementError, match=f"the {which} results are NOT VALID: hot"):
+            compare_results(*pair)
     lacking = dataclasses.replace(new, candidates=new.candidates[:1])
     with pytest.raises(MeasurementError, match="lack mild on onnxruntime"):
         compare_results(old, lacking)
@@ -246,6 +294,46 @@ def test_what_cannot_be_compared_is_an_error() -> None:
     without = compare_results(old, relabelled(new, None))
     assert {change.quantity for change in without.changes} == {"latency"}
     assert any("joules are not compared" in words for words in without.differences)
+
+
+def test_an_estimate_is_called_one_and_less_than_the_threshold_nothing() -> None:
+    sides = [relabelled(harness.results(factor=f), "estimated_model") for f in (0.5, 0.45)]
+    words = make_race(sides[0], sides[1], []).pairs[1].words
+    assert words.endswith("energy (ESTIMATE): B takes 10.0% less than A, by the estimate")
+    assert "no claim: within 3%, as two runs of the same bundle may differ" in (
+        race(0.98).pairs[1].words
+    )
+
+
+def test_a_destination_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("greenprune.harness.bench", never)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "other.csv").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("folder.json", "other.json", "file/results.json"):
+        assert gate(tmp_path, "-o", tmp_path / name) == 2
+        assert str(tmp_path / name.split("/")[0].removesuffix(".json")) in capsys.readouterr().err
+    check_destination(tmp_path / "new/results.json")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_what_was_measured_is_printed_though_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, results: Any) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr("greenprune.harness.bench", lambda *a, **options: harness.results())
+    monkeypatch.setattr("greenprune.harness.write_results", full)
+    assert gate(tmp_path, "-o", tmp_path / "results.json", "--json") == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out)["bundle"] == "tiny"
+    assert "the disk is full" in told.err
 
 
 def race(factor: float, preset: str = "standard") -> BundleRace:
@@ -311,7 +399,9 @@ def test_gate_answers_by_exit_status(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert gate("--compare", old, old, "-o", tmp_path / "x.json") == 2
     told = capsys.readouterr().err
     assert "none.json" in told
-    assert "no BUNDLE" in told
+    write_results(same, invalid(scattered(1)))
+    assert gate("--compare", old, same) == 2
+    assert "NOT VALID: hot" in capsys.readouterr().err
 
 
 def test_command_line_of_bench_is_checked_before_anything_runs(
@@ -322,6 +412,17 @@ def test_command_line_of_bench_is_checked_before_anything_runs(
         (("a", "b", "--certify"), "Got 2 bundles, expected 1."),
         (("a", "-o", "results.txt"), "ends in .json"),
         (("--compare", "old.json"), "requires 2 arguments"),
+        (("a", "--certify", "-o", "x.json"), "--output: not used with --certify"),
+        (("a", "--certify", "--meter", "rapl"), "--meter: not used with --certify"),
+        (("a", "--certify", "--preset", "standard"), "--preset: not used with --certify"),
+        (("a", "--certify", "--tdp", "15"), "--tdp: not used with --certify"),
+        (("--compare", "o", "n", "--preset", "quick"), "--preset: not used with --compare"),
+        (("--compare", "o", "n", "--meter", "auto"), "--meter: not used with --compare"),
+        (("--compare", "o", "n", "--tdp", "15"), "--tdp: not used with --compare"),
+        (("--compare", "o", "n", "-o", "x.json"), "--output: not used with --compare"),
+        (("--compare", "o", "n", "a"), "BUNDLE: not used with --compare"),
+        (("--compare", "o", "n", "--certify"), "--certify: not used with --compare"),
+        (("a", "--threshold", "0.1"), "--threshold: used with --compare only"),
     ):
         assert gate(*arguments) == 2
         assert words in capsys.readouterr().err

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from greenprune.errors import MeasurementError
+from greenprune.meters._pyjoules import Device
+from greenprune.meters.device import NamedDomain
 from greenprune.meters.opening import NAMES, open_with
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fakes"))
@@ -55,6 +60,126 @@ def test_an_external_meter_in_twenty_lines(tmp_path: Path, monkeypatch: pytest.M
 def test_a_place_that_holds_no_device_is_refused(place: str) -> None:
     with pytest.raises(MeasurementError, match=r"docs/measuring\.md"):
         open_with(trees.SimulatedClock(), place)
+
+
+def external(monkeypatch: pytest.MonkeyPatch, clock: trees.SimulatedClock, **other: Any) -> str:
+    """The name of a user's device with two domains of 10 W that tick each 0.1 s; ``other``
+    replaces parts of it."""
+
+    class Rails(Device):  # type: ignore[misc]
+        @staticmethod
+        def available_domains() -> list[Any]:
+            return [NamedDomain("one"), NamedDomain("two")]
+
+        def get_energy(self) -> list[float]:
+            return [1e7 * trees.last_tick(clock.time, 0.1, 0.0)] * 2
+
+    def open_rails() -> Any:
+        device = type("Other", (Rails,), other)()
+        device.configure()
+        return device
+
+    module: Any = ModuleType("rails_of_a_user")
+    module.open_rails = open_rails
+    monkeypatch.setitem(sys.modules, "rails_of_a_user", module)
+    return "rails_of_a_user:open_rails"
+
+
+def test_domains_of_a_users_device_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = trees.SimulatedClock()
+    with open_with(clock, external(monkeypatch, clock)) as meter, meter.measure() as window:
+        clock.advance(20.0)
+    assert window.energy is not None
+    assert window.energy.value == pytest.approx(400.0, rel=5e-3)
+
+
+def test_domains_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = trees.SimulatedClock()
+    domains = staticmethod(lambda: [NamedDomain("one"), NamedDomain("one")])
+    place = external(monkeypatch, clock, available_domains=domains)
+    with pytest.raises(MeasurementError, match=r"names of their own.*one, one"):
+        open_with(clock, place)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("from_s", [0.0, 0.5, 5.0])
+@pytest.mark.parametrize("seconds", [0.001, 0.3, 1e9])
+def test_a_reading_that_is_no_number_of_joules_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, bad: float, from_s: float, seconds: float
+) -> None:
+    clock = trees.SimulatedClock()
+    begin = clock.time
+
+    def get_energy(self: Any) -> list[float]:
+        fails = begin + from_s <= clock.time < begin + from_s + seconds
+        energy_uj = 1e7 * trees.last_tick(clock.time, 0.1, 0.0)
+        return [energy_uj, bad if fails else energy_uj]
+
+    energies = []
+    with open_with(clock, external(monkeypatch, clock, get_energy=get_energy)) as meter:
+        with suppress(MeasurementError), meter.measure() as window:
+            clock.advance(max(0.0, begin + 5.0 - clock.time))
+        energies.append(window.energy)
+    for energy in energies:  # none, or one that the bad reading did not touch
+        if energy is not None:
+            assert math.isfinite(energy.low + energy.value + energy.high)
+            assert energy.low <= 20.0 * energy.seconds <= energy.high
+            assert energy.value == pytest.approx(20.0 * energy.seconds, rel=0.05)
+    if seconds > 1:
+        assert energies == [None]
+
+
+def test_no_number_at_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = trees.SimulatedClock()
+    bad: list[float] = []
+
+    def get_energy(self: Any) -> list[float]:
+        energy_uj = 1e7 * trees.last_tick(clock.time, 0.1, 0.0)
+        return [energy_uj, *(bad or [energy_uj])]
+
+    def work() -> None:
+        clock.advance(5.0)
+        bad.append(math.nan)
+
+    with (
+        open_with(clock, external(monkeypatch, clock, get_energy=get_energy)) as meter,
+        pytest.raises(MeasurementError, match="two: nan"),
+        meter.measure(),
+    ):
+        work()
+
+
+def test_a_users_device_that_fails_is_told_by_the_period_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = trees.SimulatedClock()
+
+    def get_energy(self: Any) -> list[float]:
+        raise ValueError("no answer")
+
+    with (
+        open_with(clock, external(monkeypatch, clock, get_energy=get_energy)) as meter,
+        pytest.raises(MeasurementError, match="ValueError: no answer"),
+    ):
+        _ = meter.period_seconds
+
+
+def test_a_slow_device_beside_a_fast_counter_adds_nothing_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = trees.SimulatedClock()
+    (path,) = trees.write_rapl(tmp_path, {"intel-rapl:0": "package-0"}).values()
+    trees.drive_counter(clock, path, trees.SimulatedCounter(power=trees.constant(200.0)))
+
+    def get_energy(self: Any) -> list[float]:
+        return [1e6 * trees.last_tick(clock.time, 1.0, 0.0)] * 2
+
+    place = external(monkeypatch, clock, get_energy=get_energy)
+    for name in (f"rapl+{place}", f"{place}+rapl"):
+        with open_with(clock, name, tmp_path) as meter, meter.measure() as window:
+            clock.advance(10.5)
+        assert window.energy is not None
+        assert window.energy.value == pytest.approx(202.0 * 10.5, abs=1.3)
 
 
 @pytest.fixture

@@ -132,6 +132,35 @@ def test_rails_of_an_unknown_board_are_not_added(tmp_path: Path) -> None:
         open_meter("ina", tmp_path)
 
 
+def test_sensors_are_read_while_a_window_is_open_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, reads = trees.SimulatedClock(), []
+    drive_board(clock, tmp_path, "agx-orin", WATTS)
+    original = files.NumberFile.read
+
+    def read(self: files.NumberFile) -> int:
+        reads.append(self.path)
+        return original(self)
+
+    monkeypatch.setattr(files.NumberFile, "read", read)
+    with open_with(clock, "ina", tmp_path) as meter:
+        reads.clear()
+        clock.advance(100.0)
+        assert not reads
+        for _ in range(2):
+            with meter.measure() as window:
+                assert reads  # the window begins with a sample
+                clock.advance(3.0)
+            assert len(reads) > 8 * 3 * 90  # four rails of two files, 100 times a second
+            assert window.energy is not None
+            assert window.energy.low == pytest.approx(60.0, rel=5e-3)
+            reads.clear()
+            clock.advance(100.0)
+            assert not reads
+    assert clock.background_calls == 0
+
+
 def test_a_board_without_sensors_says_so(tmp_path: Path) -> None:
     with pytest.raises(MeasurementError, match="no INA3221"):
         open_meter("ina", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from greenprune.errors import MeasurementError
 from greenprune.meters import Energy, diagnose_meters, files, open_meter
 from greenprune.meters import rapl as rapl_module
+from greenprune.meters.clock import Clock
 from greenprune.meters.counters import Counter
+from greenprune.meters.ina import open_ina
 from greenprune.meters.opening import open_with
-from greenprune.meters.rapl import find_counters
+from greenprune.meters.rapl import find_counters, open_rapl
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fakes"))
 
@@ -308,6 +311,61 @@ def test_windows_may_lie_inside_each_other(tmp_path: Path) -> None:
     assert inner.energy is not None
     assert inner.energy.value == pytest.approx(150.0, rel=2e-3)
     assert outer.energy.value == pytest.approx(300.0, rel=5e-3)
+
+
+def test_counters_are_polled_while_a_window_is_open_and_a_thread_ends_with_the_last(
+    tmp_path: Path,
+) -> None:
+    clock = trees.SimulatedClock()
+    drive(clock, trees.write_rapl(tmp_path, DESKTOP))
+    with open_with(clock, "auto", tmp_path) as meter:  # auto proves the counter
+        assert (meter.name, clock.background_calls) == ("rapl", 0)
+        assert meter.period_seconds is not None
+        assert clock.background_calls == 0
+        with meter.measure():
+            with meter.measure():
+                assert clock.background_calls == 1
+                clock.advance(1.0)
+            assert clock.background_calls == 1
+            clock.advance(1.0)
+        assert clock.background_calls == 0
+        with pytest.raises(RuntimeError, match="the work"), meter.measure():
+            raise RuntimeError("the work")
+        assert clock.background_calls == 0
+
+
+def test_a_pause_between_windows_in_which_a_counter_wraps_unseen_does_no_harm(
+    tmp_path: Path,
+) -> None:
+    clock = trees.SimulatedClock()
+    drive(clock, trees.write_rapl(tmp_path, DESKTOP))
+    with open_with(clock, "rapl", tmp_path) as meter:
+        for _ in range(2):
+            clock.advance(20_000.0)  # 1 MJ: almost four times round
+            with meter.measure() as window:
+                clock.advance(10.0)
+            assert window.energy is not None
+            assert window.energy.value == pytest.approx(500.0, rel=1e-3)
+
+
+def test_no_thread_is_left(tmp_path: Path) -> None:
+    trees.write_rapl(tmp_path, DESKTOP)
+    trees.write_board(tmp_path, "orin-nano")
+
+    def ours() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name == "greenprune-meter"}
+
+    before = ours()
+    device = open_rapl(tmp_path, Clock())
+    sensor, _ = open_ina(tmp_path, Clock())
+    assert ours() == before
+    with device.polled(), device.polled(), sensor.polled():
+        started = ours() - before
+        assert len(started) == 2
+    for thread in started:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert ours() == before
 
 
 def test_the_period_is_measured(tmp_path: Path) -> None:

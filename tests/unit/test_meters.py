@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from greenprune.errors import MeasurementError
 from greenprune.meters import label, open_meter, weakest
 from greenprune.meters.clock import Clock
-from greenprune.meters.estimate import power
+from greenprune.meters.estimate import is_virtual, power
 
 
 def test_auto_falls_back_to_the_estimate_and_says_why(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_unknown_meter_lists_the_known() -> None:
         open_meter("watts")
 
 
-@pytest.mark.parametrize("tdp_watts", [0.0, -5.0, float("nan")])
+@pytest.mark.parametrize("tdp_watts", [0.0, -5.0, float("nan"), float("inf")])
 def test_tdp_must_be_positive(tdp_watts: float) -> None:
     with pytest.raises(MeasurementError, match="above zero"):
         open_meter("estimate", tdp_watts=tdp_watts)
@@ -65,10 +65,44 @@ def test_a_virtual_machine_is_told_to_take_its_share_of_the_tdp(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("flags\t\t: fpu hypervisor lm\n", True),
+        ("flags\t\t: fpu lm\n", False),
+        ("model name\t: a hypervisor CPU\nflags\t\t: fpu lm\n", False),
+        ("vmx flags\t: hypervisor\nflags\t\t: fpu lm\n", False),
+        ("Features\t: fp asimd\n", None),
+        (None, None),
+    ],
+)
+def test_the_flags_alone_tell_a_virtual_machine(
+    tmp_path: Path, cpuinfo: str | None, expected: bool | None
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    assert is_virtual(tmp_path) is expected
+
+
+@pytest.mark.parametrize(
     ("load", "share"), [(0.0, 0.12), (0.1, 0.32), (0.3, 0.535), (0.5, 0.75), (1.0, 1.02)]
 )
 def test_curve_passes_through_the_published_points(load: float, share: float) -> None:
     assert power(load * 8, 8, 100.0).value == pytest.approx(100 * share)
+
+
+@pytest.mark.parametrize("name", ["rapl+rapl", "nvml+nvml", "a:b+estimate+a:b"])
+def test_a_meter_named_twice_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(MeasurementError, match="counted twice"):
+        open_meter(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rapl+estimate", "estimate+rapl", "ina+estimate"])
+def test_an_estimate_beside_a_counter_of_the_same_processor_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(MeasurementError, match="counted twice"):
+        open_meter(name, tmp_path)
 
 
 @settings(deadline=None)

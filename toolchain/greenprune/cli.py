@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from greenprune._version import __version__
 from greenprune.errors import GreenpruneError, TargetError
@@ -16,6 +17,12 @@ from greenprune.progress import say
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 USER_MUST_ACT, INTERRUPTED = 2, 130
+BENCH_UNUSED = {
+    "compare": ("bundles", "output", "certify", "preset", "meter", "tdp_watts", "threads"),
+    "certify": ("output", "preset", "meter", "tdp_watts", "threshold"),
+    None: ("threshold",),
+}
+"""What `bench` does not look at, when it compares, certifies or measures."""
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 runs_option = click.option(
@@ -266,7 +273,7 @@ def bench(
     """
     from greenprune import certification, harness
 
-    _check_bench(len(bundles), output, bool(compare), certify)
+    _check_bench(len(bundles), output, "compare" if compare else "certify" if certify else None)
     if certify:
         told = certification.describe(certification.certify_bundle(bundles[0], threads=threads))
         if as_json:
@@ -279,23 +286,32 @@ def bench(
         compared = harness.compare_results(old, new, threshold=threshold)
         _print_table(compared, as_json)
         sys.exit(1 if compared.regression else 0)
+    if output:
+        harness.check_destination(output)
     measure: Callable[..., Any] = harness.bench if len(bundles) == 1 else harness.race_bundles
     results = measure(*bundles, preset=preset, meter=meter, threads=threads, tdp_watts=tdp_watts)
+    _print_table(results, as_json)  # first: no full disk may take what was measured
     if output:
         harness.write_results(output, results)
-    _print_table(results, as_json)
     if len(bundles) == 1 and not results.verdict.valid:
         sys.exit(1)
 
 
-def _check_bench(bundles: int, output: Path | None, compare: bool, certify: bool) -> None:
+def _check_bench(bundles: int, output: Path | None, mode: str | None) -> None:
     """Refuse what does not go together before anything is measured."""
-    if compare and (bundles or output or certify):
-        raise click.UsageError("--compare reads two results files: no BUNDLE, -o or --certify.")
-    if not bundles and not compare:
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name in BENCH_UNUSED[mode] and context.params[name] != ():
+            what = "BUNDLE" if name == "bundles" else parameter.opts[-1]
+            why = f"not used with --{mode}" if mode else "used with --compare only"
+            raise click.UsageError(f"{what}: {why}; leave it out.")
+    if not bundles and mode != "compare":
         raise click.UsageError("Missing argument 'BUNDLE'.")
-    if bundles > (1 if certify else 2):
-        raise click.UsageError(f"Got {bundles} bundles, expected {'1' if certify else '1 or 2'}.")
+    most = 1 if mode == "certify" else 2
+    if bundles > most:
+        raise click.UsageError(f"Got {bundles} bundles, expected {'1' if most == 1 else '1 or 2'}.")
     if output and output.suffix != ".json":
         raise click.UsageError(f"-o {output}: expected a name that ends in .json.")
 
@@ -335,9 +351,7 @@ def _print_table(results: Any, as_json: bool) -> None:
 )
 @click.option("--pue", type=float, help="PUE of the host.  [default: the recipe's]")
 @click.option("--embodied", type=float, metavar="KG", help="kgCO2e of making one device.")
-@click.option(
-    "--lifetime", type=float, default=5.0, show_default=True, metavar="YEARS", help="Of a device."
-)
+@click.option("--lifetime", type=float, metavar="YEARS", help="Of a device.  [default: 5]")
 @runs_option
 @as_json
 def report(
@@ -351,7 +365,7 @@ def report(
     device_intensity: str | None,
     pue: float | None,
     embodied: float | None,
-    lifetime: float,
+    lifetime: float | None,
     runs: Path,
     as_json: bool,
 ) -> None:
@@ -369,6 +383,8 @@ def report(
     from greenprune import api, schema
     from greenprune.nncec import factors, life, words
 
+    if lifetime is not None and embodied is None:
+        raise click.UsageError("--lifetime is of a device's making: give --embodied too.")
     terms = {"per_day": per_day, "years": years, "devices": devices}
     given: dict[str, Any] = {key: value for key, value in terms.items() if value is not None}
     account = api.carbon(
@@ -382,7 +398,9 @@ def report(
         fleet=life.Fleet(**given) if given or embodied is not None else None,
         embodied=None
         if embodied is None
-        else life.Embodied(device_kgco2e=embodied, lifetime_years=lifetime),
+        else life.Embodied(
+            device_kgco2e=embodied, **({} if lifetime is None else {"lifetime_years": lifetime})
+        ),
     )
     page = api.report(run, output=output, runs=runs, account=account)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from greenprune.harness.bundle_race import BundleRace, race_bundles
 from greenprune.harness.environment import describe_environment, diagnose
-from greenprune.harness.files import read_results, write_results
+from greenprune.harness.files import check_destination, read_results, write_results
 from greenprune.harness.presets import PRESETS
 from greenprune.harness.protocol import bench
 from greenprune.harness.regression import Comparison, compare_results
@@ -17,6 +17,7 @@ __all__ = [
     "Comparison",
     "Results",
     "bench",
+    "check_destination",
     "compare_results",
     "describe_environment",
     "diagnose",

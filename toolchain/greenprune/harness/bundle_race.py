@@ -1,7 +1,9 @@
 """Two bundles against each other: is one really faster, does one really take less energy?
 
 Every candidate of both is measured in the same randomised blocks, so that what changes on the
-machine falls on both alike, and each ratio is paired by block.
+machine falls on both alike, and each ratio is paired by block. A difference is called real by the
+rule of :mod:`greenprune.harness.regression`: all intervals together miss with 5 % at most, and the
+difference is larger than what two processes that run the same network may differ by.
 """
 
 from __future__ import annotations
@@ -15,17 +17,22 @@ from greenprune import bundle as bundles
 from greenprune.errors import TargetError
 from greenprune.harness import protocol
 from greenprune.harness.results import SCHEMA_VERSION, Candidate, Results, Verdict
-from greenprune.harness.statistics import Interval
+from greenprune.harness.statistics import THRESHOLD, Interval, raised_confidence, supports_claim
 from greenprune.harness.summary import energy_ratio, latency_ratio
 from greenprune.meters.energy import label, weakest
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+CLAIM = "and the difference is real"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RacedPair:
-    """One variant on one runtime, of both bundles; ratios are B over A, so below 1 B is better."""
+    """One variant on one runtime, of both bundles; ratios are B over A, so below 1 B is better.
+
+    The intervals' confidence is raised, so that those of all pairs together miss with 5 % at most.
+    """
 
     variant: str
     runtime: str
@@ -85,19 +92,23 @@ def race_bundles(
         BundleError: a bundle is damaged.
         TargetError: the bundles have no runtime in common, or none that is installed here.
     """
+    chosen_preset = protocol.check_options(preset, tdp_watts)
     opened = {
-        "A": protocol.open_checked(first),
-        "B": protocol.open_checked(second),
+        side: bundles.open_bundle(Path(path).resolve())
+        for side, path in (("A", first), ("B", second))
     }
     chosen = _common_runtimes(opened, runtimes)
-    settings = protocol.settle_settings(preset, meter, threads, seed, tdp_watts)
     requests: dict[protocol.Key, dict[str, Any]] = {
         (side, variant, runtime): {"bundle": str(bundle.path)}
         for side, bundle in opened.items()
         for runtime in chosen
         for variant in protocol.VARIANTS
     }
-    measured = protocol.run_protocol(requests, settings)
+    with protocol.one_at_a_time():
+        for bundle in opened.values():
+            bundle.verify()
+        settings = protocol.settle_settings(chosen_preset, meter, threads, seed, tdp_watts)
+        measured = protocol.run_protocol(requests, settings)
     sides = {
         side: protocol.make_results(
             bundle, [key for key in requests if key[0] == side], measured, settings
@@ -117,27 +128,27 @@ def make_race(first: Results, second: Results, notes: Sequence[str]) -> BundleRa
     doubt = "preset quick, a first look" if first.preset == "quick" else ""
     if failures:
         doubt = "the measurement is not valid"
+    both = [(a, second.candidate(a.variant, a.runtime)) for a in first.candidates]
+    ratios = sum(1 + (energy_ratio(b.windows, a.windows) is not None) for a, b in both)
     return BundleRace(
         schema=SCHEMA_VERSION,
         first=first,
         second=second,
-        pairs=tuple(
-            _pair(a, second.candidate(a.variant, a.runtime), doubt, first.seed)
-            for a in first.candidates
-        ),
+        pairs=tuple(_pair(a, b, doubt, raised_confidence(ratios)) for a, b in both),
         verdict=Verdict(
             valid=not failures, failures=tuple(failures), notes=(*notes, *shared, *own)
         ),
     )
 
 
-def _pair(a: Candidate, b: Candidate, doubt: str, seed: int) -> RacedPair:
-    latency = latency_ratio(b.windows, a.windows, seed)
-    joules = energy_ratio(b.windows, a.windows, seed)
-    words = [f"latency: {_say(latency, doubt)}"]
+def _pair(a: Candidate, b: Candidate, doubt: str, confidence: float) -> RacedPair:
+    latency = latency_ratio(b.windows, a.windows, confidence)
+    joules = energy_ratio(b.windows, a.windows, confidence)
+    words = [f"latency: {_say(latency, doubt, confidence)}"]
     if joules is not None:
-        measured = [c.energy_mj.provenance for c in (a, b) if c.energy_mj is not None]
-        words.append(f"energy ({label(weakest(measured))}): {_say(joules, doubt)}")
+        provenance = weakest([c.energy_mj.provenance for c in (a, b) if c.energy_mj is not None])
+        claim = "by the estimate" if provenance == "estimated_model" else CLAIM
+        words.append(f"energy ({label(provenance)}): {_say(joules, doubt, confidence, claim)}")
     return RacedPair(
         variant=a.variant,
         runtime=a.runtime,
@@ -148,14 +159,16 @@ def _pair(a: Candidate, b: Candidate, doubt: str, seed: int) -> RacedPair:
     )
 
 
-def _say(ratio: Interval, doubt: str) -> str:
+def _say(ratio: Interval, doubt: str, confidence: float, claim: str = CLAIM) -> str:
     """What a paired ratio says, B over A; ``doubt``: why it may claim nothing."""
     if not ratio.excludes(1.0):
         return "no clear difference"
     size = f"B takes {abs(ratio.value - 1):.1%} {'more' if ratio.value > 1 else 'less'} than A"
-    if not ratio.shows_difference:
-        doubt = doubt or f"{ratio.confidence:.0%} sure at most, too few windows"
-    return f"{size}, but no claim: {doubt}" if doubt else f"{size}, and the difference is real"
+    if not doubt and not supports_claim(ratio, confidence, threshold=0.0):
+        doubt = f"{ratio.confidence:.1%} sure at most, of {confidence:.1%}: too few windows"
+    if not doubt and not supports_claim(ratio, confidence):
+        doubt = f"within {THRESHOLD:.0%}, as two runs of the same bundle may differ"
+    return f"{size}, but no claim: {doubt}" if doubt else f"{size}, {claim}"
 
 
 def _common_runtimes(opened: dict[str, bundles.Bundle], asked: Sequence[str] | None) -> list[str]:

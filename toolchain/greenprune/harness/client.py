@@ -14,6 +14,12 @@ from typing import Any
 from greenprune.errors import MeasurementError
 
 CLOSE_SECONDS = 3.0
+START = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from greenprune.harness.worker import main; main()"
+)
+"""Python puts the current folder first, and a file in it must never pass for a package: it may be
+a bundle that somebody sent."""
 
 
 class WorkerError(MeasurementError):
@@ -25,13 +31,17 @@ class WorkerError(MeasurementError):
 
 
 class Client:
-    """A worker process for one candidate; ``name`` stands in messages."""
+    """A worker process for one candidate; ``name`` stands in messages.
+
+    ``single_seconds`` is how long its first inference took, 0 until that is known.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.single_seconds = 0.0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "greenprune.harness.worker"],
+            [sys.executable, "-c", START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -100,5 +110,8 @@ class Client:
 
 
 def _import_paths() -> list[str]:
-    """This process's import paths: the worker must find the same greenprune and targets."""
-    return [path or os.getcwd() for path in sys.path]  # noqa: PTH109 (strings, as in sys.path)
+    """This process's import paths: the worker must find the same greenprune and targets.
+
+    Without the empty one, which stands for the current folder.
+    """
+    return [path for path in sys.path if path]

@@ -23,6 +23,8 @@ GPU_SLOWDOWNS = {
 }
 GPU_LIMITS = {0x02: "application clocks", 0x04: "power cap", 0x10: "sync boost", **GPU_SLOWDOWNS}
 """NVML's clock event reasons; being idle is none. A power cap is how many GPUs always run."""
+GPU_POLICIES = {"thermal limit": 1, "reliability limit": 5}
+"""NVML's performance policies whose violation is a slowdown; a power cap is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,12 @@ class Reading:
     own: float
     """CPU seconds of this process."""
     throttle_events: int | None
+    gpu_slowed: dict[str, int]
+    """By cause, how long the GPUs were held back for it so far; without those that none counts."""
 
 
-def read_conditions(root: Path = Path("/")) -> Reading:
-    """The counters now; ``root`` is where ``sys`` is looked for."""
+def read_conditions(root: Path = Path("/"), *, gpu: bool = False) -> Reading:
+    """The counters now; ``root`` is where ``sys`` is looked for, ``gpu`` whether GPUs are asked."""
     times = psutil.cpu_times()
     kinds = ("user", "nice", "system", "irq", "softirq")
     return Reading(
@@ -77,19 +81,30 @@ def read_conditions(root: Path = Path("/")) -> Reading:
         stolen=getattr(times, "steal", None),
         own=time.process_time(),
         throttle_events=throttle_events(root),
+        gpu_slowed=gpu_slowed() if gpu else {},
     )
 
 
 def conditions_since(before: Reading, *, gpu: bool = False) -> Conditions:
-    """What happened between ``before`` and now; ``gpu``: whether a GPU's slowdowns matter."""
-    after = read_conditions()
+    """What happened between ``before`` and now; ``gpu``: whether a GPU's slowdowns matter.
+
+    A GPU's clock event reasons are of this moment, when it is idle again; so what held it back in
+    between is seen by its violation counters, where it has them.
+    """
+    after = read_conditions(gpu=gpu)
     seconds = after.clock - before.clock
     background = stolen = None
     if before.busy is not None and after.busy is not None:
         background = max(0.0, after.busy - before.busy - (after.own - before.own)) / seconds
     if before.stolen is not None and after.stolen is not None:
         stolen = max(0.0, after.stolen - before.stolen) / seconds
-    causes = [] if not gpu else [name for state in gpus() for name in slowdowns(state)]
+    causes = [
+        f"GPU: {cause}"
+        for cause, slowed in after.gpu_slowed.items()
+        if slowed > before.gpu_slowed.get(cause, slowed)
+    ]
+    if gpu:
+        causes += [name for state in gpus() for name in slowdowns(state)]
     if (before.throttle_events or 0) < (after.throttle_events or 0):
         causes.append("processor throttled")
     return Conditions(
@@ -139,17 +154,37 @@ def hottest_c() -> float | None:
 
 def gpus() -> list[GpuState]:
     """NVIDIA's GPUs that this process sees; an empty list where there is no driver."""
+    nvml, handles = _visible()
+    if not handles:
+        return []
+    driver = _asked(nvml, nvml.nvmlSystemGetDriverVersion)
+    return [_gpu(nvml, handle, str(driver)) for handle in handles]
+
+
+def gpu_slowed() -> dict[str, int]:
+    """By cause, the time that it held the visible GPUs' clocks down since the driver started.
+
+    The sum over GPUs, in NVML's unit (nanoseconds); a cause that no GPU counts is absent.
+    """
+    nvml, handles = _visible()
+    slowed: dict[str, int] = {}
+    for cause, policy in GPU_POLICIES.items():
+        found = [_asked(nvml, nvml.nvmlDeviceGetViolationStatus, gpu, policy) for gpu in handles]
+        times = [int(status.violationTime) for status in found if status is not None]
+        if times:
+            slowed[cause] = sum(times)
+    return slowed
+
+
+def _visible() -> tuple[Any, list[Any]]:
+    """NVML, and the GPUs that this process sees."""
     from greenprune.meters.nvml import visible_gpus
 
     nvml = _nvml()
-    if nvml is None:
-        return []
-    driver = _asked(nvml, nvml.nvmlSystemGetDriverVersion)
     try:
-        handles = visible_gpus(nvml).values()
+        return nvml, [] if nvml is None else list(visible_gpus(nvml).values())
     except MeasurementError:
-        return []  # the meter tells why
-    return [_gpu(nvml, handle, str(driver)) for handle in handles]
+        return nvml, []  # the meter tells why
 
 
 def slowdowns(state: GpuState) -> list[str]:

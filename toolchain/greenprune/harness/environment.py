@@ -24,6 +24,7 @@ from greenprune.harness.conditions import (
     temperatures_c,
     throttle_events,
 )
+from greenprune.meters.estimate import is_virtual
 
 PACKAGES = (
     "numpy",
@@ -92,7 +93,7 @@ def describe_environment(root: Path = Path("/")) -> Environment:
         "throttle_events": throttle_events(root),
         "gpus": gpus(),
         "load_average": list(os.getloadavg()),
-        "virtual_machine": _is_virtual(root),
+        "virtual_machine": is_virtual(root),
         "container": _in_container(root),
         "on_battery": _on_battery(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -210,11 +211,6 @@ def _in_container(root: Path) -> bool:
         return True
     groups = read_text(root / "proc/1/cgroup") or ""
     return any(word in groups for word in ("docker", "kubepods", "containerd", "lxc"))
-
-
-def _is_virtual(root: Path) -> bool | None:
-    text = read_text(root / "proc/cpuinfo")
-    return None if text is None else "hypervisor" in text.split()
 
 
 def _on_battery() -> bool | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import msgspec
 from greenprune import schema, storage
 from greenprune.errors import MeasurementError
 from greenprune.harness.bundle_race import BundleRace
+from greenprune.harness.conditions import GpuState
+from greenprune.harness.environment import Environment
 from greenprune.harness.results import SCHEMA_VERSION, Candidate, MeasuredWindow, Results
 from greenprune.meters.energy import label
 
@@ -36,14 +39,35 @@ def write_results(path: Path, results: Results | BundleRace) -> None:
         MeasurementError: the path does not end in ``.json``, or the content is not by the schema.
         StorageError: a file cannot be written.
     """
-    if path.suffix != ".json":
-        raise MeasurementError(
-            f"{path}: expected a name that ends in .json; a .csv comes beside it"
-        )
+    _check_name(path)
     content = schema.encode(results)
     schema.decode(content, type(results), str(path), MeasurementError)
     storage.write_json(path, content)
     storage.write_text(path.with_suffix(".csv"), windows_csv(results))
+
+
+def check_destination(path: Path) -> None:
+    """Find out before a measurement whether :func:`write_results` will be able to write.
+
+    Raises:
+        MeasurementError: the path does not end in ``.json``, or a folder has its name.
+        StorageError: the folder cannot be made, or not be written to.
+    """
+    _check_name(path)
+    for file in (path, path.with_suffix(".csv")):
+        if file.is_dir():
+            raise MeasurementError(f"{file}: is a folder; expected a file, or a new name")
+    with storage.storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent, prefix=storage.PARTIAL_PREFIX):
+            pass
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix != ".json":
+        raise MeasurementError(
+            f"{path}: expected a name that ends in .json; a .csv comes beside it"
+        )
 
 
 def read_results(path: Path) -> Results:
@@ -70,7 +94,22 @@ def read_results(path: Path) -> Results:
         )
     if "pairs" in content:
         raise MeasurementError(f"{path}: a race of two bundles; expected the results of one")
-    return schema.decode(content, Results, str(path), MeasurementError)
+    results = schema.decode(content, Results, str(path), MeasurementError)
+    for name in ("environment_before", "environment_after"):
+        _refuse_unknown(content[name], Environment, f"{path}: {name}")
+        for gpu in content[name]["gpus"]:
+            _refuse_unknown(gpu, GpuState, f"{path}: {name}.gpus")
+    return results
+
+
+def _refuse_unknown(content: dict[str, Any], kind: type[Any], where: str) -> None:
+    """The decoder drops unknown keys of a typed dictionary, which the schema forbids."""
+    unknown = set(content) - set(kind.__annotations__)
+    if unknown:
+        raise MeasurementError(
+            f"{where}: unknown key {', '.join(sorted(unknown))}; "
+            f"known here: {', '.join(kind.__annotations__)}"
+        )
 
 
 def results_schema(kind: type[Results] | type[BundleRace] = Results) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import random
 import tempfile
 import time
@@ -36,6 +37,10 @@ from greenprune.progress import Advance, progress, say
 
 VARIANTS = ("dense", "mild", "aggressive", "pair")
 LOAD_LIMIT_SECONDS = 900.0
+PATIENCE = 20
+"""How many times longer than the first an inference may take before its process counts as hung."""
+LOCK = Path("/tmp" if os.name == "posix" else tempfile.gettempdir()) / "greenprune-bench.lock"
+"""One place for all users and sessions of a machine, whatever TMPDIR says."""
 COOLED_WITHIN_C = 3.0
 COOL_DOWN_LIMIT_SECONDS = 120.0
 
@@ -97,28 +102,28 @@ def bench(
         BundleError: the bundle is damaged.
         TargetError: none of the runtimes is installed here.
     """
-    opened = open_checked(bundle)
+    chosen_preset = check_options(preset, tdp_watts)
+    opened = bundles.open_bundle(Path(bundle).resolve())
     chosen = choose_runtimes(opened.manifest, runtimes)
-    settings = settle_settings(preset, meter, threads, seed, tdp_watts)
     keys = [(variant, runtime) for runtime in chosen for variant in VARIANTS]
-    measured = run_protocol({key: {"bundle": str(opened.path)} for key in keys}, settings)
+    with one_at_a_time():
+        opened.verify()
+        settings = settle_settings(chosen_preset, meter, threads, seed, tdp_watts)
+        measured = run_protocol({key: {"bundle": str(opened.path)} for key in keys}, settings)
     return make_results(opened, keys, measured, settings)
 
 
-def open_checked(bundle: Path) -> bundles.Bundle:
-    """The bundle, each file of it checked."""
-    opened = bundles.open_bundle(Path(bundle).resolve())
-    opened.verify()
-    return opened
+def check_options(preset: str, tdp_watts: float | None) -> Preset:
+    """The preset of that name; what is wrong is told before anybody waits for the lock."""
+    if tdp_watts is not None and not (tdp_watts > 0 and math.isfinite(tdp_watts)):
+        raise MeasurementError(f"TDP {tdp_watts:g} W: expected watts above zero")
+    return find_preset(preset)
 
 
 def settle_settings(
-    preset: str, meter: str, threads: int, seed: int, tdp_watts: float | None
+    preset: Preset, meter: str, threads: int, seed: int, tdp_watts: float | None
 ) -> Settings:
-    """Find the preset, and settle ``auto`` once: every worker must use the same meter."""
-    chosen = find_preset(preset)
-    if tdp_watts is not None and not (tdp_watts > 0 and math.isfinite(tdp_watts)):
-        raise MeasurementError(f"TDP {tdp_watts:g} W: expected watts above zero")
+    """Settle ``auto`` once: every worker must use the same meter. The lock is held."""
     with open_meter(meter, tdp_watts=tdp_watts) as probe:
         record = MeterRecord(
             name=probe.name,
@@ -128,25 +133,25 @@ def settle_settings(
             period_seconds=probe.period_seconds,
             tdp_watts=tdp_watts,
         )
-    return Settings(preset=chosen, meter=record, threads=threads or usable_cores(), seed=seed)
+    return Settings(preset=preset, meter=record, threads=threads or usable_cores(), seed=seed)
 
 
 def run_protocol(requests: Mapping[Key, dict[str, Any]], settings: Settings) -> Measured:
-    """Load all candidates, each in its process, then idle, windows, idle.
+    """Load all candidates, each in its process, then idle, windows, idle; the lock is held.
 
     Args:
         requests: what each candidate's worker is told beside the settings.
         settings: the same for all.
     """
     preset = settings.preset
-    with one_at_a_time(), ExitStack() as stack:
+    with ExitStack() as stack:
         created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         start, before = time.monotonic(), describe_environment()
         clients = start_workers(stack, list(requests))
         with progress(f"bench ({preset.name})", len(requests) * (1 + preset.windows)) as advance:
             loaded = _load(clients, requests, settings, advance)
             idle_before, why_before = _idle(clients, settings)
-            tries = measure(clients, preset, settings.seed, advance)
+            tries, warm = measure(clients, preset, settings.seed, advance, before["temperature_c"])
             idle_after, why_after = _idle(clients, settings)
         return Measured(
             created=created,
@@ -156,7 +161,7 @@ def run_protocol(requests: Mapping[Key, dict[str, Any]], settings: Settings) -> 
             loaded=loaded,
             idle_watts={key: (idle_before[key], idle_after[key]) for key in requests},
             tries=tries,
-            notes=list(dict.fromkeys([*why_before, *why_after])),
+            notes=list(dict.fromkeys([*why_before, *why_after, *warm])),
         )
 
 
@@ -174,7 +179,6 @@ def make_results(
             idle_watts=measured.idle_watts[key],
             windows=kept,
             dense_windows=dense[key[-1]],
-            seed=settings.seed,
             discarded=discarded,
         )
         for key, (kept, discarded) in settled.items()
@@ -235,14 +239,13 @@ def choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) -> 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Hold the machine-wide lock, so that two measurements never overlap."""
-    path = Path(tempfile.gettempdir()) / "greenprune-bench.lock"
-    lock = filelock.FileLock(path, mode=0o666)
+    lock = filelock.FileLock(LOCK, mode=0o666)
     try:
         lock.acquire(timeout=0)
     except PermissionError as error:
         raise MeasurementError(
-            f"{path}: the lock of another user's measurement cannot be opened; "
-            "remove it when that measurement has ended"
+            f"{LOCK}: the lock is another user's and cannot be opened; when no measurement of "
+            "theirs runs, that user or an administrator must remove the file"
         ) from error
     except filelock.Timeout:
         say("another measurement is running on this machine; waiting for it to end")
@@ -272,20 +275,27 @@ def _load(
     """Load and warm up one after the other: a warm-up beside another is not one."""
     loaded = {}
     for key, client in clients.items():
-        loaded[key] = client.ask(
-            "load",
-            LOAD_LIMIT_SECONDS,
-            variant=key[-2],
-            runtime=key[-1],
-            threads=settings.threads,
-            meter=settings.meter.name,
-            tdp_watts=settings.meter.tdp_watts,
-            period_seconds=settings.meter.period_seconds,
-            preset=schema.encode(settings.preset),
+        request = {
+            "variant": key[-2],
+            "runtime": key[-1],
+            "threads": settings.threads,
+            "meter": settings.meter.name,
+            "tdp_watts": settings.meter.tdp_watts,
+            "period_seconds": settings.meter.period_seconds,
             **requests[key],
-        )
+        }
+        loaded[key] = load_candidate(client, settings.preset, request)
         advance()
     return loaded
+
+
+def load_candidate(client: Client, preset: Preset, request: dict[str, Any]) -> dict[str, Any]:
+    """Load and warm up; how long the first inference takes sets the limits that follow."""
+    opened = client.ask("open", LOAD_LIMIT_SECONDS, preset=schema.encode(preset), **request)
+    client.single_seconds = opened["single_seconds"]
+    inferences = opened["images"] + preset.warmup_inferences
+    limit = LOAD_LIMIT_SECONDS + PATIENCE * inferences * client.single_seconds
+    return client.ask("load", limit)
 
 
 def _idle(
@@ -302,7 +312,7 @@ def _idle(
     watts: dict[Key, float | None] = {}
     problems = []
     for key, client in clients.items():
-        answer = client.receive(_limit_seconds(settings.preset))
+        answer = client.receive(_limit_seconds(client, settings.preset))
         energy = answer["energy"]
         watts[key] = energy["value"] / energy["seconds"] if energy else None
         if energy is None:
@@ -310,29 +320,57 @@ def _idle(
     return watts, problems
 
 
-def _limit_seconds(preset: Preset) -> float:
+def _limit_seconds(client: Client, preset: Preset) -> float:
     """How long a window may take before its process counts as hung; no counter makes it so long."""
-    return 20.0 * max(preset.window_seconds, preset.idle_seconds) + 600.0
+    seconds = max(
+        preset.window_seconds,
+        preset.idle_seconds,
+        preset.window_inferences * client.single_seconds,
+    )
+    return PATIENCE * seconds + 600.0
 
 
 def measure(
-    clients: Mapping[Key, Client], preset: Preset, seed: int, advance: Advance
-) -> dict[Key, list[MeasuredWindow]]:
+    clients: Mapping[Key, Client],
+    preset: Preset,
+    seed: int,
+    advance: Advance,
+    started_c: float | None,
+) -> tuple[dict[Key, list[MeasuredWindow]], list[str]]:
     """Windows of each candidate, a block after the other, in an order drawn anew for each.
 
     A block has two of a candidate where the first was invalid; see :func:`settle`.
+
+    Args:
+        clients: loaded and warmed up.
+        preset: how long and how often.
+        seed: of the orders.
+        advance: told of each window.
+        started_c: temperature before anything was loaded, Celsius, to which the machine cools
+            between blocks; None where none can be read.
+
+    Returns:
+        The windows, and notes on what went otherwise than the protocol wants.
     """
-    draw, started_c = random.Random(seed), hottest_c()
+    draw = random.Random(seed)
+    warmer: list[float] = []
     tries: dict[Key, list[MeasuredWindow]] = {key: [] for key in clients}
     for block in range(preset.windows):
         if block:
-            _cool_down(started_c, preset)
+            warmer.append(_cool_down(started_c, preset))
         order = list(clients)
         draw.shuffle(order)
         for position, key in enumerate(order):
             tries[key] += _window(clients[key], preset, block, position, started_c)
             advance()
-    return tries
+    if not any(warmer):
+        return tries, []
+    note = (
+        f"{sum(map(bool, warmer))} of {preset.windows} blocks began before the machine had cooled "
+        f"down: up to {max(warmer):.0f} C warmer than at the start, after "
+        f"{COOL_DOWN_LIMIT_SECONDS:.0f} s of rest"
+    )
+    return tries, [note]
 
 
 def _window(
@@ -343,19 +381,26 @@ def _window(
     while len(tries) < 2 and (not tries or tries[-1].invalid):
         if tries:
             _cool_down(started_c, preset)
-        answer = client.ask("window", _limit_seconds(preset))
+        answer = client.ask("window", _limit_seconds(client, preset))
         content = {"block": block, "order": order, **answer}
         tries.append(schema.decode(content, MeasuredWindow, client.name, MeasurementError))
     return tries
 
 
-def _cool_down(started_c: float | None, preset: Preset) -> None:
-    """Wait until the machine is as cool as at the start, or the preset's rest."""
+def _cool_down(started_c: float | None, preset: Preset) -> float:
+    """Wait until the machine is as cool as at the start, or the preset's rest.
+
+    Returns:
+        By how many degrees Celsius it is still warmer when the limit is reached; else 0.
+    """
     if not preset.rest_seconds:
-        return
+        return 0.0
     if started_c is None:
         time.sleep(preset.rest_seconds)
-        return
+        return 0.0
     limit = time.monotonic() + COOL_DOWN_LIMIT_SECONDS
-    while (hottest_c() or started_c) > started_c + COOLED_WITHIN_C and time.monotonic() < limit:
+    while (warmer := (hottest_c() or started_c) - started_c) > COOLED_WITHIN_C:
+        if time.monotonic() >= limit:
+            return warmer
         time.sleep(1.0)
+    return 0.0

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from greenprune import schema
 from greenprune.errors import MeasurementError
 from greenprune.harness import protocol
+from greenprune.harness.conditions import hottest_c
 from greenprune.harness.environment import usable_cores
 from greenprune.harness.presets import Preset, find_preset
 from greenprune.harness.statistics import Interval, order_interval, paired_ratio
@@ -68,7 +69,7 @@ def race(
         artifacts: runtime to variant to its artifact's main file; the same variants for all.
         inputs: an .npy file, float32 [N, C, H, W].
         threads: of each candidate; 0 means one for each core.
-        seed: of the order within blocks and of the intervals.
+        seed: of the order within blocks.
         preset: how long and how often.
 
     Raises:
@@ -78,22 +79,21 @@ def race(
         raise MeasurementError("a race needs a runtime to measure; got none: name one")
     keys = [(variant, name) for name, networks in artifacts.items() for variant in networks]
     threads = threads or usable_cores()
-    request = {"target": target, "inputs": str(inputs.resolve()), "threads": threads}
+    request: dict[str, Any] = {
+        "target": target,
+        "inputs": str(inputs.resolve()),
+        "threads": threads,
+    }
     with protocol.one_at_a_time(), ExitStack() as stack:
+        started_c = hottest_c()
         clients = protocol.start_workers(stack, keys)
         with progress("race", len(keys) * (1 + preset.windows)) as advance:
             for variant, name in keys:
-                clients[variant, name].ask(
-                    "load",
-                    protocol.LOAD_LIMIT_SECONDS,
-                    artifact=str(artifacts[name][variant].resolve()),
-                    runtime=name,
-                    meter="none",
-                    preset=schema.encode(preset),
-                    **request,
-                )
+                artifact = str(artifacts[name][variant].resolve())
+                own = {"artifact": artifact, "runtime": name, "meter": "none"}
+                protocol.load_candidate(clients[variant, name], preset, request | own)
                 advance()
-            tries = protocol.measure(clients, preset, seed, advance)
+            tries, _ = protocol.measure(clients, preset, seed, advance, started_c)
     means = {key: mean_latencies_ms(settle(found)[0]) for key, found in tries.items()}
     together = {
         name: [sum(block) for block in zip(*(means[v, name] for v in networks), strict=True)]
@@ -108,7 +108,7 @@ def race(
                 blocks_ms={v: tuple(means[v, name]) for v in artifacts[name]},
                 latency_ms={v: order_interval(means[v, name]) for v in artifacts[name]},
                 together_ms=order_interval(together[name]),
-                over_fastest=paired_ratio(together[name], together[order[0]], seed),
+                over_fastest=paired_ratio(together[name], together[order[0]]),
             )
             for name in order
         ),

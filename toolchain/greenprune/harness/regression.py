@@ -9,28 +9,35 @@ what the threshold is for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from greenprune.errors import MeasurementError
+from greenprune.harness.environment import Environment
 from greenprune.harness.results import Candidate, Results
-from greenprune.harness.statistics import CONFIDENCE, Interval, unpaired_ratio
+from greenprune.harness.statistics import (
+    THRESHOLD,
+    Interval,
+    raised_confidence,
+    supports_claim,
+    unpaired_ratio,
+)
 from greenprune.harness.summary import energies_mj, mean_latencies_ms
 from greenprune.meters.energy import label
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-THRESHOLD = 0.03
-"""The spread over runs of one bundle that the protocol allows."""
 MACHINE = (
     "cpu",
     "cores",
     "usable_cores",
     "governor",
+    "energy_preference",
     "boost",
+    "clocks_locked",
     "power_mode",
     "virtual_machine",
     "container",
@@ -67,7 +74,7 @@ class Comparison:
     preset: tuple[str, str]
     threshold: float
     differences: tuple[str, ...]
-    """What else differs between the two: each may be the cause of a change."""
+    """What else differs between the two, and may be the cause of a change; and too few windows."""
     changes: tuple[Change, ...]
     energy: str
     """What the joules are: measured, ESTIMATE ..., not measured."""
@@ -87,12 +94,14 @@ def compare_results(old: Results, new: Results, *, threshold: float = THRESHOLD)
         old: the baseline.
         new: of the same variants and runtimes, at least.
         threshold: smallest change that matters, as a fraction. A regression needs an interval
-            whose low end is above 1, and a ratio above 1 + threshold.
+            whose low end is above 1 at the confidence that is needed, and a ratio above
+            1 + threshold.
 
     Raises:
-        MeasurementError: the new results lack a candidate, or joules are of another provenance:
-            such numbers cannot be compared.
+        MeasurementError: one of the two is NOT VALID, the new results lack a candidate, or joules
+            are of another provenance: such numbers cannot be compared.
     """
+    _check_valid(old, new)
     lacking = [c.name for c in old.candidates if c.name not in {n.name for n in new.candidates}]
     if lacking:
         raise MeasurementError(
@@ -103,18 +112,27 @@ def compare_results(old: Results, new: Results, *, threshold: float = THRESHOLD)
     for pair in pairs:
         _check_energy(*pair)
     samples = [sample for pair in pairs for sample in _samples(*pair)]
-    confidence = 1 - (1 - CONFIDENCE) / len(samples)
+    confidence = raised_confidence(len(samples))
     changes = tuple(_change(*sample, confidence, threshold) for sample in samples)
     return Comparison(
         old=f"{old.bundle}, {old.created}",
         new=f"{new.bundle}, {new.created}",
         preset=(old.preset, new.preset),
         threshold=threshold,
-        differences=tuple(_differences(old, new)),
+        differences=(*_differences(old, new), *_weakness(changes, confidence)),
         changes=changes,
         energy=label(old.meter_record.provenance),
         regression=any(change.judgement == "regression" for change in changes),
     )
+
+
+def _check_valid(old: Results, new: Results) -> None:
+    for which, results in (("old", old), ("new", new)):
+        if not results.verdict.valid:
+            raise MeasurementError(
+                f"the {which} results are NOT VALID: {'; '.join(results.verdict.failures)}; "
+                "nothing can be read from them: measure again, on a quieter machine"
+            )
 
 
 def _check_energy(old: Candidate, new: Candidate) -> None:
@@ -153,16 +171,24 @@ def _change(
         old=median(old),
         new=median(new),
         ratio=ratio,
-        judgement=_judge(ratio, threshold),
+        judgement=_judge(ratio, confidence, threshold),
     )
 
 
-def _judge(ratio: Interval, threshold: float) -> Judgement:
-    if ratio.shows_difference and ratio.value > 1 + threshold:
-        return "regression"
-    if ratio.shows_difference and ratio.value < 1 / (1 + threshold):
-        return "improvement"
-    return "no clear difference"
+def _judge(ratio: Interval, confidence: float, threshold: float) -> Judgement:
+    if not supports_claim(ratio, confidence, threshold):
+        return "no clear difference"
+    return "regression" if ratio.value > 1 else "improvement"
+
+
+def _weakness(changes: Sequence[Change], confidence: float) -> Iterator[str]:
+    """Where a gate cannot fail, whatever was measured, it says so."""
+    reached = min(change.ratio.confidence for change in changes)
+    if reached < confidence - 1e-12:
+        yield (
+            f"too few windows to find a regression: {reached:.2%} sure at most, and "
+            f"{len(changes)} quantities need {confidence:.2%} each"
+        )
 
 
 def _differences(old: Results, new: Results) -> Iterator[str]:
@@ -174,8 +200,8 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
         ("TDP", old.meter_record.tdp_watts, new.meter_record.tdp_watts),
         ("target", old.target, new.target),
     )
-    before, after = dict(old.environment_before), dict(new.environment_before)
-    machine = ((key.replace("_", " "), before[key], after[key]) for key in MACHINE)
+    before, after = _machine(old.environment_before), _machine(new.environment_before)
+    machine = ((key.replace("_", " "), before[key], after[key]) for key in before)
     for what, was, now in (*settings, *machine):
         if was != now:
             yield f"{what}: {_words(was, now)} (old), {_words(now, was)} (new)"
@@ -184,9 +210,16 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
     added = {c.name for c in new.candidates} - {c.name for c in old.candidates}
     if added:
         yield f"only the new results have: {', '.join(sorted(added))}"
-    for which, results in (("old", old), ("new", new)):
-        if not results.verdict.valid:
-            yield f"the {which} results are NOT VALID: {'; '.join(results.verdict.failures)}"
+
+
+def _machine(environment: Environment) -> dict[str, Any]:
+    """What two comparable measurements share; of a GPU, what does not change from day to day."""
+    everything: dict[str, Any] = dict(environment)
+    gpus = [
+        f"{gpu['name']}, driver {gpu['driver']}, power limit {gpu['power_limit_watts']} W"
+        for gpu in environment["gpus"]
+    ]
+    return {key: everything[key] for key in MACHINE} | {"GPUs": "; ".join(gpus) or "none"}
 
 
 def _words(value: Any, other: Any) -> str:

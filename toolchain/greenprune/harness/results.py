@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from greenprune.bundle import Provenance
 from greenprune.errors import MeasurementError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA_VERSION = 3
+AT_LEAST_ONE = msgspec.Meta(min_length=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class InferenceEnergy:
     scope: str
     meter: str
     net_value: float | None
-    """The idle baseline subtracted; None where the meter is not a counter."""
+    """The idle baseline subtracted; None where neither a counter nor a rail was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ class Candidate:
     warmup_seconds: float
     idle_watts_before: float | None
     idle_watts_after: float | None
-    windows: tuple[MeasuredWindow, ...]
+    windows: Annotated[tuple[MeasuredWindow, ...], AT_LEAST_ONE]
     """One a block; one that is marked invalid was so twice, and the verdict says it."""
     discarded: tuple[MeasuredWindow, ...]
     """First tries that were invalid for a cause, and were run again."""
@@ -132,7 +135,7 @@ class Results:
     seconds: float
     environment_before: Environment
     environment_after: Environment
-    candidates: tuple[Candidate, ...]
+    candidates: Annotated[tuple[Candidate, ...], AT_LEAST_ONE]
     verdict: Verdict
 
     def candidate(self, variant: str, runtime: str) -> Candidate:

@@ -13,8 +13,8 @@ CONFIDENCE = 0.95
 SAMPLES_FOR_P99 = 662
 SAMPLES_FOR_P99_9 = 6636
 """MLPerf Inference's least numbers of samples for a 99th and a 99.9th percentile."""
-BLOCKS_FOR_BOOTSTRAP = 20
-RESAMPLES = 2000
+THRESHOLD = 0.03
+"""Smallest change that counts: the spread over runs of one bundle that the protocol allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,30 @@ class Interval:
 
     @property
     def shows_difference(self) -> bool:
-        """Of a ratio: whether it may be claimed, which takes 95 % and an interval without 1."""
+        """Of a single ratio: whether 95 % are reached and the interval is without 1."""
         return self.confidence >= CONFIDENCE and self.excludes(1.0)
+
+
+def raised_confidence(ratios: int) -> float:
+    """What each of so many intervals needs, so that all together miss with 5 % at most.
+
+    Bonferroni's correction: 1 - 0.05 / ``ratios``.
+    """
+    return 1 - (1 - CONFIDENCE) / ratios
+
+
+def supports_claim(ratio: Interval, confidence: float, threshold: float = THRESHOLD) -> bool:
+    """Whether an interval shows that a ratio is not 1, and the ratio is one that matters.
+
+    Args:
+        ratio: one of several; computed for ``confidence``, which few values may not reach.
+        confidence: see :func:`raised_confidence`.
+        threshold: the ratio must be above 1 + this, or below 1 / (1 + this). What differs between
+            two processes or two days, no interval over windows contains.
+    """
+    matters = not 1 / (1 + threshold) <= ratio.value <= 1 + threshold
+    # the confidences are sums of fractions: no decision hangs on their last digit
+    return matters and ratio.confidence >= confidence - 1e-12 and ratio.excludes(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +97,17 @@ def summarise(latencies_ns: NDArray[np.int64]) -> Latency:
     )
 
 
-def order_interval(values: Sequence[float]) -> Interval:
+def order_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """The median, with an interval by order statistics.
 
     The interval from the k-th smallest to the k-th largest of n covers the median with
     probability 1 - 2 P(Binomial(n, 1/2) < k), whatever the distribution. The narrowest that
-    reaches 95 % is taken; below six values none does, and smallest to largest stand with the
-    confidence that they have (five: 93.75 %).
+    reaches ``confidence`` is taken; where none does (of 95 %: below six values), smallest to
+    largest stand with the confidence that they have (five: 93.75 %).
     """
     ordered = sorted(values)
     n, k = len(ordered), 1
-    while 2 * (k + 1) <= n and _coverage(n, k + 1) >= CONFIDENCE:
+    while 2 * (k + 1) <= n and _coverage(n, k + 1) >= confidence:
         k += 1
     return Interval(
         value=float(np.median(ordered)),
@@ -99,21 +121,16 @@ def _coverage(n: int, k: int) -> float:
     return 1.0 - 2.0 * sum(math.comb(n, i) for i in range(k)) / 2.0**n
 
 
-def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int) -> Interval:
-    """Median of ``over[i] / under[i]`` over the blocks i, with its interval.
+def paired_ratio(
+    over: Sequence[float], under: Sequence[float], *, confidence: float = CONFIDENCE
+) -> Interval:
+    """Median of ``over[i] / under[i]`` over the blocks i, with that of :func:`order_interval`.
 
-    From 20 blocks on the interval is a percentile bootstrap over blocks, below it is that of
-    :func:`order_interval`. A difference is claimed only where the interval excludes 1.
+    No bootstrap, which is often asked for from 20 blocks on: by simulation of 20 blocks, a
+    percentile bootstrap of the median covers it in 93.5 %, and order statistics in 95.9 %, as they
+    say.
     """
-    ratios = np.asarray(over, dtype=float) / np.asarray(under, dtype=float)
-    if len(ratios) < BLOCKS_FOR_BOOTSTRAP:
-        return order_interval([float(ratio) for ratio in ratios])
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(np.median(ratios[draws], axis=1), [tail, 100 - tail])
-    return Interval(
-        value=float(np.median(ratios)), low=float(low), high=float(high), confidence=CONFIDENCE
-    )
+    return order_interval([a / b for a, b in zip(over, under, strict=True)], confidence)
 
 
 def unpaired_ratio(

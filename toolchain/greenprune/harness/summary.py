@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from greenprune.harness.results import Candidate, InferenceEnergy, MeasuredWindow
-from greenprune.harness.statistics import Interval, order_interval, paired_ratio
-from greenprune.harness.verdict import judge_candidate
+from greenprune.harness.statistics import CONFIDENCE, Interval, order_interval, paired_ratio
+from greenprune.harness.verdict import joules, judge_candidate
 
 
 def summarise_candidate(
@@ -18,7 +18,6 @@ def summarise_candidate(
     idle_watts: tuple[float | None, float | None],
     windows: Sequence[MeasuredWindow],
     dense_windows: Sequence[MeasuredWindow],
-    seed: int,
     discarded: Sequence[MeasuredWindow] = (),
 ) -> Candidate:
     """The record of one candidate; ``dense_windows`` are the same blocks' on the same runtime."""
@@ -33,8 +32,8 @@ def summarise_candidate(
         latency_ms=latency_ms(windows),
         latency_cov=order_interval([window.latency.cov for window in windows]).value,
         energy_mj=inference_energy(windows, idle_watts),
-        speedup=latency_ratio(dense_windows, windows, seed),
-        energy_ratio=energy_ratio(windows, dense_windows, seed),
+        speedup=latency_ratio(dense_windows, windows),
+        energy_ratio=energy_ratio(windows, dense_windows),
         verdict=judge_candidate(loaded["steady"], windows, discarded, idle_watts),
     )
 
@@ -48,28 +47,32 @@ def settle(
 
 
 def latency_ratio(
-    over: Sequence[MeasuredWindow], under: Sequence[MeasuredWindow], seed: int
+    over: Sequence[MeasuredWindow],
+    under: Sequence[MeasuredWindow],
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Mean latency of ``over`` for that of ``under``, the same blocks, paired by block."""
     return paired_ratio(
         [window.latency.mean_ns for window in over],
         [window.latency.mean_ns for window in under],
-        seed,
+        confidence=confidence,
     )
 
 
 def energy_ratio(
-    over: Sequence[MeasuredWindow], under: Sequence[MeasuredWindow], seed: int
+    over: Sequence[MeasuredWindow],
+    under: Sequence[MeasuredWindow],
+    confidence: float = CONFIDENCE,
 ) -> Interval | None:
     """The same of joules for each inference, by the blocks where both have them; None of none."""
     pairs = [
-        (a.energy.value / a.inferences, b.energy.value / b.inferences)
+        (ours.value / a.inferences, theirs.value / b.inferences)
         for a, b in zip(over, under, strict=True)
-        if a.energy is not None and b.energy is not None
+        if (ours := joules(a)) is not None and (theirs := joules(b)) is not None
     ]
     if not pairs:
         return None
-    return paired_ratio([a for a, _ in pairs], [b for _, b in pairs], seed)
+    return paired_ratio([a for a, _ in pairs], [b for _, b in pairs], confidence=confidence)
 
 
 def mean_latencies_ms(windows: Sequence[MeasuredWindow]) -> list[float]:
@@ -79,7 +82,7 @@ def mean_latencies_ms(windows: Sequence[MeasuredWindow]) -> list[float]:
 
 def energies_mj(windows: Sequence[MeasuredWindow]) -> list[float]:
     """Of one inference, millijoules, of each window that has them."""
-    return [1e3 * w.energy.value / w.inferences for w in windows if w.energy is not None]
+    return [1e3 * e.value / w.inferences for w in windows if (e := joules(w)) is not None]
 
 
 def latency_ms(windows: Sequence[MeasuredWindow]) -> dict[str, Interval | None]:
@@ -100,7 +103,7 @@ def inference_energy(
 
     The interval joins the spread over windows and the interval of the meter's model.
     """
-    pairs = [(window.energy, window) for window in windows if window.energy is not None]
+    pairs = [(energy, window) for window in windows if (energy := joules(window)) is not None]
     if not pairs:
         return None
     first = pairs[0][0]

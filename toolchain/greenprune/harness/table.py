@@ -87,7 +87,7 @@ def comparison_table(comparison: Comparison) -> Table:
                 "verdict: "
                 + ("REGRESSION" if comparison.regression else "no regression")
                 + f" (smallest change that counts: {comparison.threshold:.1%})",
-                *(f"differs: {difference}" for difference in comparison.differences),
+                *(f"note: {difference}" for difference in comparison.differences),
             ]
         ),
         caption_justify="left",

@@ -8,6 +8,7 @@ from greenprune.harness.conditions import slowdowns
 from greenprune.harness.environment import Environment
 from greenprune.harness.results import Candidate, MeasuredWindow, Verdict
 from greenprune.harness.statistics import coefficient_of_variation
+from greenprune.meters.energy import Energy
 
 COV_NOTED, COV_FAILS = 0.01, 0.05
 IDLE_DRIFT = 0.05
@@ -52,10 +53,15 @@ def _medians(windows: Sequence[MeasuredWindow]) -> list[float]:
 def _measured_joules(windows: Sequence[MeasuredWindow]) -> list[float]:
     """For each inference; what a model estimated varies with the model, not with the machine."""
     return [
-        window.energy.value / window.inferences
+        energy.value / window.inferences
         for window in windows
-        if window.energy is not None and window.energy.provenance.startswith("measured")
+        if (energy := joules(window)) is not None and energy.provenance.startswith("measured")
     ]
+
+
+def joules(window: MeasuredWindow) -> Energy | None:
+    """The energy that counts; that of an invalid window is a gap, though the window keeps it."""
+    return None if window.invalid else window.energy
 
 
 def judge_all(

@@ -1,9 +1,9 @@
-"""One candidate in a process of its own: ``python -m greenprune.harness.worker``.
+"""One candidate in a process of its own, which :mod:`greenprune.harness.client` starts.
 
 Requests and answers are JSON, a line each, on stdin and stdout. A request is ``{"command": ...}``:
-``load``, ``idle``, ``window``; the end of stdin closes the worker. An answer is ``{"answer": ...}``
-or ``{"error": text, "kind": name of the exception}``. Whatever else writes to stdout is sent to
-stderr.
+``open``, ``load`` (which opens, too, if that was not asked for), ``idle``, ``window``; the end of
+stdin closes the worker. An answer is ``{"answer": ...}`` or ``{"error": text, "kind": name of the
+exception}``. Whatever else writes to stdout is sent to stderr.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ class Worker:
         self.answer = lambda image: session.run(outputs, {name: image})[0]
         self.routes = routes
 
+    def open(self) -> dict[str, Any]:
+        """Answer one image: how long that takes tells what a limit for the rest must allow."""
+        start = time.monotonic()
+        self.infer(self.inputs[0])
+        return {"images": len(self.inputs), "single_seconds": time.monotonic() - start}
+
     def load(self) -> dict[str, Any]:
         """Answer every replay image once, then warm up to a steady state."""
         start = time.monotonic()
@@ -147,7 +153,7 @@ class Worker:
         latencies, energy, invalid = None, None, ""
         gc.collect()
         gc.disable()
-        reading = read_conditions()
+        reading = read_conditions(gpu=self.gpu)
         try:
             with self.meter.measure() as window:
                 start = time.monotonic()
@@ -217,17 +223,13 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
         request = json.loads(line)
         command = request.pop("command")
         try:
-            if command == "load":
-                worker = Worker(request)
-                reply: dict[str, Any] = {"answer": worker.load()}
-            elif worker is None:
-                raise MeasurementError(f"'{command}' before 'load'")
-            elif command == "idle":
-                reply = {"answer": worker.idle()}
-            elif command == "window":
-                reply = {"answer": worker.window()}
-            else:
+            if command not in ("open", "load", "idle", "window"):
                 raise MeasurementError(f"unknown command '{command}'")
+            if worker is None and command in ("open", "load"):
+                worker = Worker(request)
+            if worker is None:
+                raise MeasurementError(f"'{command}' before 'open' or 'load'")
+            reply: dict[str, Any] = {"answer": getattr(worker, command)()}
         except GreenpruneError as error:
             reply = {"error": str(error), "kind": type(error).__name__}
         answers.write(json.dumps(reply, allow_nan=False) + "\n")

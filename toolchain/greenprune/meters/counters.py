@@ -1,10 +1,10 @@
 """Counters of joules that the hardware keeps, made cumulative: wraps, resets, freezes, gaps.
 
-A counter is read once a second in the background. A backward step is one wrap, and the range is
-added once; a step that no hardware could take is no wrap but a reset, and makes the window invalid,
-as does a gap in the readings so long that the counter could have gone round unseen. A counter that
-has moved before and then stands still for two polls is frozen. What cannot be seen is a counter
-that stands still between two polls, a second, and goes on without what it missed.
+Inside a window a counter is read once a second in the background. A backward step is one wrap, and
+the range is added once; a step that no hardware could take is no wrap but a reset, and makes the
+window invalid, as does a gap in the readings so long that the counter could have gone round unseen.
+A counter that has moved before and then stands still for two polls is frozen. What cannot be seen
+is a counter that stands still between two polls, a second, and goes on without what it missed.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ class Counter(NamedDomain):
         self._last_uj, self._read_at = raw_uj, now
         return self._total_uj
 
+    def forget(self) -> None:
+        """The next reading starts anew; the total stays."""
+        self._last_uj = self._moved_at = None
+
     def _step(self, last_uj: int, raw_uj: int, seconds: float) -> int:
         step_uj = raw_uj - last_uj
         where = f"{self.name}: from {last_uj} to {raw_uj} uJ within {seconds:.3f} s"
@@ -122,3 +126,7 @@ class CounterDevice(MeterDevice):
         if problems:
             raise problems[0]
         return totals
+
+    def forget(self) -> None:
+        for counter in self._counters:
+            counter.forget()

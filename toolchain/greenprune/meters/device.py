@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from greenprune.errors import MeasurementError
 from greenprune.meters._pyjoules import Device, Domain
@@ -27,6 +27,7 @@ class NamedDomain(Domain):  # type: ignore[misc]
 class MeterDevice(Device):  # type: ignore[misc]
     """A pyJoules device whose ``get_energy`` is cumulative, in microjoules for each domain.
 
+    It is read once when it is opened, and in the background only inside :meth:`polled`.
     ``breaks`` counts the readings that failed, ``problem`` is the last of them: a window in which
     the count grew is invalid, also where the counter could be read again at its end.
     """
@@ -39,8 +40,11 @@ class MeterDevice(Device):  # type: ignore[misc]
         self.breaks = 0
         self.problem: MeasurementError | None = None
         self._lock = threading.Lock()
+        self._poll_seconds = poll_seconds
+        self._polling = threading.Lock()
+        self._polled = 0
+        self._stop: Callable[[], None] = lambda: None
         self.get_energy()
-        self._stop: Callable[[], None] = clock.every(poll_seconds, self.poll)
 
     @staticmethod
     def available_domains() -> list[Domain]:
@@ -64,6 +68,27 @@ class MeterDevice(Device):  # type: ignore[misc]
     def read(self) -> list[float]:
         """One reading, by one thread at a time; what a kind of device is."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """The next reading starts anew: nobody looked for a while."""
+        raise NotImplementedError
+
+    @contextmanager
+    def polled(self) -> Iterator[None]:
+        """Read in the background inside ``with``; several of these may overlap."""
+        with self._polling:
+            if not self._polled:
+                with self._lock:
+                    self.forget()
+                self._stop = self.clock.every(self._poll_seconds, self.poll)
+            self._polled += 1
+        try:
+            yield
+        finally:
+            with self._polling:
+                self._polled -= 1
+                if not self._polled:
+                    self._stop()
 
     def poll(self) -> None:
         """One reading in the background; a failure is remembered."""

@@ -60,13 +60,16 @@ def _curve(load: float) -> float:
     return _CURVE[-1][1]
 
 
-def is_virtual(root: Path) -> bool:
-    """Whether the processor says that a hypervisor is below it; x86 alone tells."""
+def is_virtual(root: Path) -> bool | None:
+    """Whether the processor's flags name a hypervisor below it; None where ``proc/cpuinfo`` cannot
+    be read or has no flags: x86 alone tells."""
     try:
         lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return False
-    return any(line.startswith("flags") and "hypervisor" in line.split() for line in lines)
+        return None
+    pairs = (line.partition(":") for line in lines)
+    flags = [words.split() for key, _, words in pairs if key.strip() == "flags"]
+    return any("hypervisor" in words for words in flags) if flags else None
 
 
 class EstimateDevice(Device):  # type: ignore[misc]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from greenprune.bundle import Provenance
 from greenprune.errors import MeasurementError
 from greenprune.meters.energy import Energy, weakest
-from greenprune.meters.readers import Begun, Reader, Reading
+from greenprune.meters.readers import Begun, Reader, Reading, polled
 
 WIDE = 0.005
 """Half an interval as a share of its value, above which a measured window says so."""
@@ -69,12 +69,15 @@ class Meter:
         Raises:
             MeasurementError: a counter stands still or cannot be read.
         """
-        periods = [source.reader.period_seconds for source in self._sources]
+        with _failing(self.name):
+            periods = [source.reader.period_seconds for source in self._sources]
         return max((period for period in periods if period is not None), default=None)
 
     @contextmanager
     def measure(self) -> Iterator[Window]:
         """Measure what runs inside ``with``; the window's energy is there after it.
+
+        Devices are read in the background inside windows alone.
 
         A meter that fails does not stop the work: the error is raised after it.
 
@@ -83,23 +86,45 @@ class Meter:
                 did not move, stood still, wrapped beyond repair, or samples are missing.
         """
         window = Window()
-        try:
-            with _failing(self.name):
-                begun = [source.reader.begin() for source in self._sources]
-        except MeasurementError:
-            yield window
-            raise
-        try:
-            yield window
-        except BaseException:
-            # what was spent is worth knowing; what went wrong is worth more than a failed reading
-            with suppress(MeasurementError):
-                window.energy = self._finish(begun)
-            raise
-        window.energy = self._finish(begun)
+        with ExitStack() as polling:
+            try:
+                with _failing(self.name):
+                    begun = self._begin(polling)
+            except MeasurementError:
+                polling.close()
+                yield window
+                raise
+            try:
+                yield window
+            except BaseException:
+                # what was spent is worth knowing; what went wrong is worth more than a failed
+                # reading
+                with suppress(MeasurementError):
+                    window.energy = self._finish(begun)
+                raise
+            window.energy = self._finish(begun)
 
-    def _finish(self, begun: Sequence[Begun]) -> Energy | None:
-        pairs = list(zip(self._sources, begun, strict=True))
+    def _begin(self, polling: ExitStack) -> list[tuple[Source, Begun]]:
+        """Begin the slowest counter first, and last what does not wait: the wait for a counter's
+        tick lengthens the stretch of those that have begun. Periods are known before the first."""
+        for source in self._sources:
+            polling.enter_context(polled(source.device))
+        slowest_first = sorted(
+            self._sources,
+            key=lambda source: (source.reader.ticks, source.reader.period_seconds or 0.0),
+            reverse=True,
+        )
+        begun = [(source, source.reader.begin()) for source in slowest_first]
+        start = max((started.start for _, started in begun), default=0.0)
+        for _, started in begun:
+            started.start = start
+        return begun
+
+    def _finish(self, begun: Sequence[tuple[Source, Begun]]) -> Energy | None:
+        """Finish the fastest counter first, so that it does not wait for a slower one's tick, and
+        last what was read whole when the work ended."""
+        fastest_first = begun[::-1]
+        pairs = sorted(fastest_first, key=lambda pair: not pair[0].reader.ticks)
         with _failing(self.name):
             for source, started in pairs:
                 source.reader.stop(started)

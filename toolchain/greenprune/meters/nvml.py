@@ -22,11 +22,19 @@ POWER_SAMPLE_SECONDS = 0.02
 
 
 def is_here() -> bool:
-    """Whether a GPU answers, and CUDA_VISIBLE_DEVICES does not hide them all."""
+    """Whether there is a GPU, and CUDA_VISIBLE_DEVICES does not hide them all.
+
+    Raises:
+        MeasurementError: there is a driver, and it fails.
+    """
     try:
-        found = _start().nvmlDeviceGetCount() > 0
+        pynvml = _start()
     except MeasurementError:
         return False
+    try:
+        found = pynvml.nvmlDeviceGetCount() > 0
+    except pynvml.NVMLError as error:
+        raise _refused(error) from error
     return found and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 

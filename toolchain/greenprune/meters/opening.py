@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -51,13 +52,26 @@ def open_with(clock: Clock, name: str, root: Path = _HERE, tdp_watts: float | No
         return _auto(clock, root, tdp_watts)
     sources: list[Source] = []
     try:
-        # the slowest first: NVML's ticks, then RAPL's
-        for part in sorted(name.split("+"), key=lambda part: part != "nvml"):
+        for part in _parts(name):
             sources.append(_open_source(part, clock, root, tdp_watts))
     except BaseException:
         Meter(name, sources).close()
         raise
     return Meter(name, sources)
+
+
+def _parts(name: str) -> list[str]:
+    """The meters that a name adds up. Raises MeasurementError: joules would be counted twice."""
+    parts = name.split("+")
+    twice = {part for part in parts if parts.count(part) > 1}
+    if "estimate" in parts and not {"rapl", "ina"}.isdisjoint(parts):
+        twice |= {"estimate", "rapl", "ina"} & set(parts)
+    if twice:
+        raise MeasurementError(
+            f"meter '{name}': expected meters of different things; the joules of "
+            f"{', '.join(sorted(twice))} would be counted twice; name one of them, once"
+        )
+    return parts
 
 
 def _open_source(name: str, clock: Clock, root: Path, tdp_watts: float | None) -> Source:
@@ -98,10 +112,13 @@ def _auto(clock: Clock, root: Path, tdp_watts: float | None) -> Meter:
 
         try:
             if nvml.is_here():
-                sources.insert(0, _proved(_nvml(clock)))
+                sources.append(_proved(_nvml(clock)))
                 name += "+nvml"
         except MeasurementError as problem:
             why.append(f"the GPU is not in it: {problem}")
+        except BaseException:
+            Meter(name, sources).close()
+            raise
     meter = Meter(name, sources)
     meter.note = "; ".join(part for part in (meter.note, *why) if part)
     return meter
@@ -169,8 +186,10 @@ def _estimate(clock: Clock, root: Path, tdp_watts: float | None) -> Source:
 
     model = "unknown CPU, 4 to 12 W a busy core"
     if tdp_watts is not None:
-        if not tdp_watts > 0:
-            raise MeasurementError(f"tdp_watts = {tdp_watts}: expected watts above zero")
+        if not 0 < tdp_watts < math.inf:
+            raise MeasurementError(
+                f"tdp_watts = {tdp_watts}: expected a finite number of watts above zero"
+            )
         model = f"TDP {tdp_watts:g} W x load of this process"
         if is_virtual(root):
             model += (
@@ -192,7 +211,7 @@ def _external(place: str, clock: Clock) -> Source:
     module, _, function = place.partition(":")
     try:
         device = getattr(import_module(module), function)()
-        domains = ", ".join(str(domain) for domain in device.get_configured_domains())
+        names = [str(domain) for domain in device.get_configured_domains()]
     except MeasurementError:
         raise
     except Exception as error:
@@ -200,11 +219,16 @@ def _external(place: str, clock: Clock) -> Source:
             f"meter '{place}': expected a function that answers a configured pyJoules device: "
             f"{type(error).__name__}: {error}; see docs/measuring.md"
         ) from error
+    if len(set(names)) < len(names):  # pyJoules would keep the last of them alone
+        raise MeasurementError(
+            f"meter '{place}': expected domains with names of their own (__repr__), found "
+            f"{', '.join(names)}; name each apart"
+        )
     return Source(
         reader=CounterReader(device, clock),
         device=device,
         provenance="measured_counter",
-        scope=getattr(device, "scope", domains),
+        scope=getattr(device, "scope", ", ".join(names)),
     )
 
 

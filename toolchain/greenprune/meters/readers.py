@@ -9,7 +9,10 @@ interval, which says so; a window without a tick is an error.
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,12 +47,15 @@ class Begun:
     start: float
     end: float = 0.0
     breaks: int
-    doubt_uj: float = 0.0
     marks: tuple[Any, ...] = ()
+    """What its reader remembers of both ends."""
 
 
 class Reader(Protocol):
     """Reads windows off a device; any number at a time."""
+
+    ticks: bool
+    """Whether it waits for ticks at both ends; if not, what it reads at once is enough."""
 
     @property
     def period_seconds(self) -> float | None:
@@ -77,9 +83,24 @@ def _energy_meter(device: Any) -> Any:
     return EnergyMeter([device])
 
 
+def polled(device: Any) -> AbstractContextManager[None]:
+    """Reading in the background while it is needed; a user's device or a model has none."""
+    polling: AbstractContextManager[None] = getattr(device, "polled", nullcontext)()
+    return polling
+
+
 def _check_breaks(device: Any, begun: Begun) -> None:
     if getattr(device, "breaks", 0) != begun.breaks:
         raise device.problem
+
+
+def _check_finite(energies_uj: Iterable[tuple[Any, float]]) -> None:
+    for domain, energy_uj in energies_uj:
+        if not math.isfinite(energy_uj):
+            raise MeasurementError(
+                f"{domain}: {energy_uj} uJ; expected a finite number of microjoules; the window is "
+                "invalid: measure again, or mend the device"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +114,8 @@ class Tick:
 class CounterReader:
     """Reads a pyJoules device whose domains are counters in microjoules, and add up."""
 
+    ticks = True
+
     def __init__(self, device: Any, clock: Clock) -> None:
         self.device = device
         self._clock = clock
@@ -103,44 +126,49 @@ class CounterReader:
         """Of the slowest counter: the median of five ticks, measured when first asked for."""
         if self._period_seconds is None:
             periods = []
-            self.await_ticks()
-            for _ in range(_PERIODS):
-                start = self._clock.now()
+            with polled(self.device):
                 self.await_ticks()
-                periods.append(self._clock.now() - start)
+                for _ in range(_PERIODS):
+                    start = self._clock.now()
+                    self.await_ticks()
+                    periods.append(self._clock.now() - start)
             self._period_seconds = statistics.median(periods)
         return self._period_seconds
 
     def begin(self) -> Begun:
         """Wait for a tick of every counter, then read."""
-        period, breaks = self.period_seconds, getattr(self.device, "breaks", 0)
+        breaks = getattr(self.device, "breaks", 0)
         ticks = self.await_ticks()
         meter = _energy_meter(self.device)
         meter.start()
-        start = self._clock.now()
-        # what has passed of the next tick, of the counters that did not tick last
-        doubt_uj = sum(tick.step_uj * min(1.0, (start - tick.after) / period) for tick in ticks)
-        return Begun(meter=meter, start=start, breaks=breaks, doubt_uj=doubt_uj)
+        return Begun(meter=meter, start=self._clock.now(), breaks=breaks, marks=(ticks,))
 
     def stop(self, begun: Begun) -> None:
         begun.end = self._clock.now()
         begun.meter.record()
+        begun.marks += (self._read(),)
 
     def finish(self, begun: Begun) -> Reading:
         """Wait for the next tick of every counter; the truth lies before it."""
         _check_breaks(self.device, begun)
-        self.await_ticks()
+        ticks, ended_uj = begun.marks
+        self.await_ticks(since_uj=ended_uj)
         begun.meter.stop()
         _check_breaks(self.device, begun)
         seconds = begun.end - begun.start
         within, after = (sample.energy for sample in begun.meter.get_trace())
+        _check_finite((*within.items(), *after.items()))
         still = [str(domain) for domain in self._required() if within[str(domain)] <= 0]
         if still:
             raise MeasurementError(
                 f"{', '.join(still)} did not move within {seconds:.3f} s; measure for longer, or "
                 "use --meter estimate"
             )
-        low_uj = max(0.0, sum(within.values()) - begun.doubt_uj)
+        # The window began after the ticks: other counters ticked later, other meters began later.
+        doubt_uj = sum(
+            tick.step_uj * (begun.start - tick.after) / self.period_seconds for tick in ticks
+        )
+        low_uj = max(0.0, sum(within.values()) - doubt_uj)
         high_uj = float(sum(within.values()) + sum(after.values()))
         dead = [name for name, energy in within.items() if energy <= 0]
         return Reading(
@@ -151,16 +179,26 @@ class CounterReader:
             note=f"{', '.join(dead)} did not move and adds nothing" if dead else "",
         )
 
-    def await_ticks(self, patience_seconds: float = PATIENCE_SECONDS) -> list[Tick]:
+    def await_ticks(
+        self, patience_seconds: float = PATIENCE_SECONDS, since_uj: list[float] | None = None
+    ) -> list[Tick]:
         """The latest move of each counter that moved, once every required one has.
+
+        Args:
+            patience_seconds: how long a counter may stand still.
+            since_uj: an earlier reading, after which a tick counts; None: a new one.
 
         Raises:
             MeasurementError: one stands still, went back or cannot be read.
         """
+        with polled(self.device):
+            return self._await_ticks(patience_seconds, since_uj)
+
+    def _await_ticks(self, patience_seconds: float, since_uj: list[float] | None) -> list[Tick]:
         domains = self.device.get_configured_domains()
         missing = {domains.index(domain) for domain in self._required()}
         ticks: dict[int, Tick] = {}
-        last, read_at = self.device.get_energy(), self._clock.now()
+        last, read_at = since_uj or self._read(), self._clock.now()
         start, deadline = read_at, read_at + patience_seconds
         while missing - ticks.keys():
             if read_at > deadline:
@@ -171,7 +209,7 @@ class CounterReader:
                 )
             pause = (self._period_seconds or read_at - start) / _POLLS
             self._clock.sleep(min(max(pause, _FASTEST_POLL_SECONDS), _SLOWEST_POLL_SECONDS))
-            now_uj, now = self.device.get_energy(), self._clock.now()
+            now_uj, now = self._read(), self._clock.now()
             for index, step_uj in enumerate(b - a for a, b in zip(last, now_uj, strict=True)):
                 if step_uj < 0:
                     raise MeasurementError(
@@ -183,6 +221,11 @@ class CounterReader:
             last, read_at = now_uj, now
         return list(ticks.values())
 
+    def _read(self) -> list[float]:
+        energies_uj: list[float] = self.device.get_energy()
+        _check_finite(zip(self.device.get_configured_domains(), energies_uj, strict=True))
+        return energies_uj
+
     def _required(self) -> list[Any]:
         """The domains that must move; of a device that does not tell, all."""
         domains = self.device.get_configured_domains()
@@ -191,6 +234,8 @@ class CounterReader:
 
 class IntervalReader:
     """Reads a pyJoules device whose domains are ``low``, ``value`` and ``high`` of one quantity."""
+
+    ticks = False
 
     def __init__(self, device: Any, clock: Clock) -> None:
         self.device = device

@@ -1,7 +1,7 @@
 """Joules from sampled watts: the trapezoid rule, and an honest doubt about what it did not see.
 
-Power is read in the background at the sensor's own period, and at both ends of a window. The value
-is the trapezoid sum. Its doubt is in what lies between the samples and around them:
+Inside a window power is read in the background at the sensor's own period, and at both ends. The
+value is the trapezoid sum. Its doubt is in what lies between the samples and around them:
 
 - Between two readings that differ the power may have changed at any moment since the reading last
   changed: an error of at most half the difference times that stretch, of either sign. Such errors
@@ -12,9 +12,10 @@ is the trapezoid sum. Its doubt is in what lies between the samples and around t
 - A sensor shows the past: what it last converted, for as long as its reading has not changed. At
   each end of the window that much time, times the range, is in doubt.
 
-A load that repeats itself exactly in step with the samples escapes this; so does a burst that falls
-into a gap and is higher than anything read. A reading that has not changed at all for a second (and
-five periods) is taken for a frozen sensor: real ones flicker.
+A load that repeats itself exactly in step with the samples escapes this; so does a pulse that comes
+and goes between two samples, and a burst that falls into a gap and is higher than anything read. A
+reading that has not changed at all for a second (and five periods) is taken for a frozen sensor:
+real ones flicker.
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ class PowerDevice(MeterDevice):
             self._add(last, watts, now)
         self._last, self._read_at = watts, now
         return [joules * 1e6 for joules in self._joules]
+
+    def forget(self) -> None:
+        self._last = None
 
     def _add(self, last: Watts, watts: Watts, now: float) -> None:
         gap = now - self._read_at
