@@ -30,9 +30,9 @@ import torch
 from common import write_result
 
 from greenprune import models, schema
+from greenprune.cores import usable_cores
 from greenprune.harness import protocol
 from greenprune.harness.client import Client
-from greenprune.harness.environment import usable_cores
 from greenprune.harness.presets import Preset
 from greenprune.harness.statistics import paired_ratio
 from greenprune.onnx_export import export_onnx

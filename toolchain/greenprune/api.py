@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from greenprune import bundle as bundles
 from greenprune import processes, schema, storage
 from greenprune import recipe as recipes
+from greenprune.cores import usable_cores
 from greenprune.errors import MissingPackageError, RecipeError, RunError, StorageError
 from greenprune.harness import Results
 from greenprune.harness import bench as bench
-from greenprune.harness.environment import usable_cores
 from greenprune.pipeline import LEDGER_FILE, RUN_FILE, Job, execute, is_current
 from greenprune.recipe import CompileSettings, Recipe
 from greenprune.registry import ALIASES

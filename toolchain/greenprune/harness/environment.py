@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import psutil
 
 from greenprune._version import __version__
+from greenprune.cores import usable_cores
 from greenprune.harness.conditions import (
     GpuState,
     frequency_mhz,
@@ -99,13 +100,6 @@ def describe_environment(root: Path = Path("/")) -> Environment:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": versions(),
     }
-
-
-def usable_cores() -> int:
-    """Logical processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_model(root: Path = Path("/")) -> str | None:
@@ -214,7 +208,10 @@ def _in_container(root: Path) -> bool:
 
 
 def _on_battery() -> bool | None:
-    battery = getattr(psutil, "sensors_battery", lambda: None)()
+    try:
+        battery = getattr(psutil, "sensors_battery", lambda: None)()
+    except OSError:  # no folder of power supplies, as in an emulated machine
+        return None
     return None if battery is None else not battery.power_plugged
 
 

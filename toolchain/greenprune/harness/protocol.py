@@ -24,10 +24,11 @@ import filelock
 
 from greenprune import bundle as bundles
 from greenprune import schema
+from greenprune.cores import session_threads
 from greenprune.errors import MeasurementError, TargetError
 from greenprune.harness.client import Client
 from greenprune.harness.conditions import hottest_c
-from greenprune.harness.environment import Environment, describe_environment, usable_cores
+from greenprune.harness.environment import Environment, describe_environment
 from greenprune.harness.presets import Preset, find_preset
 from greenprune.harness.results import SCHEMA_VERSION, MeasuredWindow, MeterRecord, Results
 from greenprune.harness.summary import settle, summarise_candidate
@@ -133,7 +134,7 @@ def settle_settings(
             period_seconds=probe.period_seconds,
             tdp_watts=tdp_watts,
         )
-    return Settings(preset=preset, meter=record, threads=threads or usable_cores(), seed=seed)
+    return Settings(preset=preset, meter=record, threads=session_threads(threads), seed=seed)
 
 
 def run_protocol(requests: Mapping[Key, dict[str, Any]], settings: Settings) -> Measured:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from greenprune.cores import session_threads
 from greenprune.errors import MeasurementError
 from greenprune.harness import protocol
 from greenprune.harness.conditions import hottest_c
-from greenprune.harness.environment import usable_cores
 from greenprune.harness.presets import Preset, find_preset
 from greenprune.harness.statistics import Interval, order_interval, paired_ratio
 from greenprune.harness.summary import mean_latencies_ms, settle
@@ -78,7 +78,7 @@ def race(
     if not artifacts:
         raise MeasurementError("a race needs a runtime to measure; got none: name one")
     keys = [(variant, name) for name, networks in artifacts.items() for variant in networks]
-    threads = threads or usable_cores()
+    threads = session_threads(threads)
     request: dict[str, Any] = {
         "target": target,
         "inputs": str(inputs.resolve()),
