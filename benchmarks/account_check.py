@@ -45,28 +45,64 @@ Ends = dict[str, float]
 def kind(stage: str) -> str:
     """What a stage counts as, by the first word of its name."""
     word = stage.split("-")[0]
-    if word == "train":
+    if word in ("train", "training of the supplied weights"):
         return "training"
     return "observing" if word in ("load", "bench", "account", "report") else "pruning"
 
 
-def total(parts: list[Ends | None]) -> Ends:
+def total(parts: list[Ends | None]) -> Ends | None:
+    """Of the parts that are known; None of none."""
+    if all(part is None for part in parts):
+        return None
     return {end: math.fsum(part[end] for part in parts if part is not None) for end in ENDS}
 
 
-def emitted(joules: Ends, grid: Ends, pue: float) -> Ends:
-    """kgCO2e."""
+def emitted(joules: Ends | None, grid: Ends, pue: float) -> Ends:
+    """kgCO2e; of no joules none."""
+    if joules is None:
+        return dict.fromkeys(ENDS, 0.0)
     return {end: joules[end] / JOULES_PER_KWH * pue * grid[end] / 1000 for end in ENDS}
 
 
-def each_mj(candidate: Json) -> Ends | None:
-    """Median over the windows of joules over inferences; the interval is the record's."""
-    spent = [
-        1000 * window["energy"]["value"] / window["inferences"]
+def by_block(candidate: Json, end: str) -> dict[int, float]:
+    """Millijoules an inference of each window that counts."""
+    return {
+        window["block"]: 1000 * window["energy"][end] / window["inferences"]
         for window in candidate["windows"]
-        if window["energy"] is not None
-    ]
-    return {**candidate["energy_mj"], "value": statistics.median(spent)} if spent else None
+        if window["energy"] is not None and not window["invalid"]
+    }
+
+
+def median_with_ends(values: list[float]) -> Ends:
+    """The narrowest interval by order statistics that covers the median with 95 %, or the widest;
+    ``confidence`` is what it has."""
+    ordered, n = sorted(values), len(values)
+    covers = {k: 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(1, n // 2)}
+    k = max((k for k, covered in covers.items() if covered >= 0.95), default=1)
+    return {
+        "value": statistics.median(ordered),
+        "low": ordered[k - 1],
+        "high": ordered[-k],
+        "confidence": covers.get(k, 1 - 2 / 2**n),
+    }
+
+
+def each_mj(candidate: Json) -> Ends | None:
+    """Median over the windows of joules over inferences, and the ends of the meter's ends."""
+    if not by_block(candidate, "value"):
+        return None
+    return {end: median_with_ends(list(by_block(candidate, end).values()))[end] for end in ENDS}
+
+
+def paired(candidate: Json, dense: Json) -> Ends | None:
+    """r: joules an inference over the dense network's, by the blocks where both have them."""
+    over, under = by_block(candidate, "value"), by_block(dense, "value")
+    both = sorted(over.keys() & under.keys())
+    return median_with_ends([over[block] / under[block] for block in both]) if both else None
+
+
+def times(one: Ends, other: Ends) -> Ends:
+    return {end: one[end] * other[end] for end in ENDS}
 
 
 def derive(rows: list[Json], results: Json, said: Json) -> Iterator[tuple[str, Any, Any]]:
@@ -98,8 +134,11 @@ def derive(rows: list[Json], results: Json, said: Json) -> Iterator[tuple[str, A
     for wanted, joules in sums.items():
         yield f"{wanted}: joules", joules, said[f"{wanted}_joules"]
     everything = total(list(sums.values()))
-    yield "kWh", {end: everything[end] / JOULES_PER_KWH for end in ENDS}, said["total_kwh"]
-    yield "kgCO2e", emitted(everything, host, pue), said["total_kgco2e"]
+    kwh = everything and {end: everything[end] / JOULES_PER_KWH for end in ENDS}
+    yield "kWh", kwh, said["total_kwh"]
+    yield "kgCO2e", everything and emitted(everything, host, pue), said["total_kgco2e"]
+    null = {row["stage"] for row in rows if row["joules"] is None}
+    yield "unmeasured stages are named", True, null <= set(said["unmeasured_stages"])
 
     measured = {c["variant"]: c for c in results["candidates"] if c["runtime"] == said["runtime"]}
     labels = [row["provenance"] for row in rows] + [
@@ -129,7 +168,7 @@ def derive_fleet(said: Json) -> Iterator[tuple[str, Any, Any]]:
 
 
 def derive_variant(
-    name: str, variant: Json, measured: dict[str, Json], sums: dict[str, Ends], said: Json
+    name: str, variant: Json, measured: dict[str, Json], sums: dict[str, Ends | None], said: Json
 ) -> Iterator[tuple[str, Any, Any]]:
     mj = each_mj(measured[name])
     if mj is None:
@@ -145,34 +184,71 @@ def derive_variant(
     yield "µgCO2e", micrograms, variant["ugco2e"]
     score = {end: micrograms[end] + embodied * 1e9 / count for end in ENDS}
     yield "SCI", score, variant["sci_ugco2e"]
+    dense, ratio = each_mj(measured["dense"]), paired(measured[name], measured["dense"])
+    counted = mj if name == "dense" or dense is None or ratio is None else times(dense, ratio)
+    yield "mJ of a life", {end: counted[end] for end in ENDS}, variant["counted_mj"]
     before = [sums["training"]] if name == "dense" else [sums["training"], sums["pruning"]]
-    prepared, use = total(list(before)), {end: joules[end] * count for end in ENDS}
+    prepared, use = total(list(before)), {end: counted[end] / 1000 * count for end in ENDS}
     yield "life, joules", total([prepared, use]), variant["life_joules"]
-    life = total([emitted(prepared, host, pue), emitted(use, device, 1.0)])
-    yield "life, kgCO2e", {end: life[end] + embodied for end in ENDS}, variant["life_kgco2e"]
+    stages, field = emitted(prepared, host, pue), emitted(use, device, 1.0)
+    life = {end: stages[end] + field[end] + embodied for end in ENDS}
+    yield "life, kgCO2e", life, variant["life_kgco2e"]
     if name == "dense":
         return
-    dense, ratio = each_mj(measured["dense"]), measured[name]["energy_ratio"]
-    reached, in_co2 = (variant[key]["inferences"] for key in ("break_even", "break_even_co2"))
-    if dense is None or ratio is None:
-        yield "break-even", None, reached
+    yield "r, paired by block", ratio, measured[name]["energy_ratio"]
+    pruned = sums["pruning"]
+    if dense is None or ratio is None or pruned is None or lacks_pruning(said):
+        yield "no break-even", None, variant["break_even"]["inferences"]
+        yield "no break-even in CO2", None, variant["break_even_co2"]["inferences"]
+        yield "nothing saved is told", None, variant["saved_kgco2e"]
         return
-    saved = dense["value"] / 1000 * (1 - ratio["value"])  # J an inference
-    pruned = sums["pruning"]["value"]
-    kilograms = (count * saved * device["value"] - pruned * pue * host["value"]) / 3.6e9
-    yield "saved, kgCO2e", kilograms, variant["saved_kgco2e"]["value"]
-    if reached is None:  # no saving is shown, or a stage is unknown
-        allowed = ratio["high"] >= 1 or any(kind(s) == "pruning" for s in said["unmeasured_stages"])
-        yield "no break-even", True, allowed
-        return
-    yield "break-even, joules", pruned / saved, reached["value"]
-    emits = pruned * pue * host["value"] / (saved * device["value"])
-    yield "break-even, CO2", emits, in_co2["value"]
-    yield (
-        "break-even within its interval",
-        True,
-        reached["low"] <= pruned / saved <= reached["high"],
-    )
+    yield "saved, kgCO2e", saved(dense, ratio, pruned, said), variant["saved_kgco2e"]
+    shown = ratio["high"] < 1 and ratio["confidence"] >= 0.95 and dense["low"] > 0
+    reached = pays_after(dense, ratio, pruned) if shown else None
+    yield "break-even, joules", reached, variant["break_even"]["inferences"]
+    in_co2 = reached and times(reached, host_over_device(said))
+    yield "break-even, CO2", in_co2, variant["break_even_co2"]["inferences"]
+
+
+def lacks_pruning(said: Json) -> bool:
+    """Whether a stage that belongs to E_prune was not measured."""
+    return any(kind(stage) == "pruning" for stage in said["unmeasured_stages"])
+
+
+def pays_after(dense: Ends, ratio: Ends, pruned: Ends) -> Ends:
+    """Inferences; dense is in mJ, pruned in J."""
+    opposite = {"value": "value", "low": "high", "high": "low"}
+    return {end: 1000 * pruned[end] / (dense[opposite[end]] * (1 - ratio[end])) for end in ENDS}
+
+
+def host_over_device(said: Json) -> Ends:
+    """What a joule of the host emits over one of the device; one grid's uncertainty cancels."""
+    host, device, pue = said["intensity"], said["device_intensity"], said["pue"]
+    if host == device:
+        return dict.fromkeys(ENDS, float(pue))
+    return {
+        "value": pue * host["value"] / device["value"],
+        "low": pue * host["low"] / device["high"],
+        "high": pue * host["high"] / device["low"],
+    }
+
+
+def saved(dense: Ends, ratio: Ends, pruned: Ends, said: Json) -> Ends:
+    """kgCO2e over the life; the ends are the extremes over all ends."""
+    device, count = said["device_intensity"], said["inferences"]
+    cost = emitted(pruned, said["intensity"], said["pue"])
+
+    def gained(e: str, r: str, grid: str) -> float:
+        kwh: float = count * dense[e] / 1000 * (1 - ratio[r]) / JOULES_PER_KWH
+        return kwh * float(device[grid]) / 1000
+
+    sides = ("low", "high")
+    gains = [gained(e, r, grid) for e in sides for r in sides for grid in sides]
+    return {
+        "value": gained("value", "value", "value") - cost["value"],
+        "low": min(gains) - cost["high"],
+        "high": max(gains) - cost["low"],
+    }
 
 
 def same(here: Any, there: Any) -> bool:
@@ -212,6 +288,8 @@ def codecarbon_figure(place: str) -> tuple[str, float] | None:
 
 def by_codecarbon(said: Json) -> Json:
     """The total of the ledger by CodeCarbon: with the account's grid, and with its own."""
+    if said["total_kwh"] is None:
+        return {}
     kwh, pue, grid = said["total_kwh"]["value"], said["pue"], said["intensity"]
     found: Json = {
         "account_kg": said["total_kgco2e"]["value"],
@@ -250,11 +328,15 @@ def read_run(run: Path, account: Path | None) -> tuple[list[Json], Json, Json]:
     """Rows of the ledger, results and account."""
     (bench,) = run.glob("bench-*/results.json")
     lines = (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    # an execution counts once, where its line was copied
+    rows = list({row["identity"]: row for row in map(json.loads, lines)}.values())
     if account is None:
         (account,) = run.glob("account-*/account.json")
         stages = [row["stage"] for row in rows]
-        made = max(i for i, stage in enumerate(stages) if stage == account.parent.name)
+        made = max(
+            (i for i, stage in enumerate(stages) if stage == account.parent.name),
+            default=len(rows),
+        )
         rows = rows[:made]
     said = json.loads(account.read_text(encoding="utf-8"))
     return rows, json.loads(bench.read_text(encoding="utf-8")), said.get("account", said)

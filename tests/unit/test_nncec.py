@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
 import math
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,17 +21,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from greenprune import schema
+from greenprune import deployment, schema
 from greenprune.errors import GreenpruneError, MeasurementError, RunError
 from greenprune.harness.results import InferenceEnergy
 from greenprune.harness.statistics import Interval
-from greenprune.meters import Energy
+from greenprune.meters import Energy, Meter, Window
 from greenprune.nncec import ledger
-from greenprune.nncec.account import UNREADABLE, Account, account, break_even
-from greenprune.nncec.factors import TABLE, WORLD, find_factor, parse_factor, user_supplied
+from greenprune.nncec.account import (
+    NOTHING_PRUNED,
+    TRAINED_ELSEWHERE,
+    UNREADABLE,
+    Account,
+    account,
+    break_even,
+    understated,
+)
+from greenprune.nncec.factors import (
+    TABLE,
+    WORLD,
+    find_factor,
+    of_recipe,
+    parse_factor,
+    user_supplied,
+)
 from greenprune.nncec.ledger import Quantity, Row, stage_row
 from greenprune.nncec.life import Embodied, Fleet
-from greenprune.nncec.words import break_evens, damage, footnotes, life_table, stages_table
+from greenprune.nncec.words import (
+    break_evens,
+    damage,
+    footnotes,
+    grams,
+    joules,
+    life_carbon,
+    life_table,
+    quantity,
+    rounded,
+    saved_carbon,
+    spent,
+    stage_joules,
+    stages_table,
+)
+from greenprune.pipeline import LEDGER_FILE, STAGE_FILE, Job, Stage, execute
+from greenprune.recipe import Recipe
 
 
 def neighbour(name: str) -> ModuleType:
@@ -74,6 +108,11 @@ def each_mj(value: float) -> InferenceEnergy:
         meter="rapl",
         net_value=None,
     )
+
+
+def known(found: Quantity | None) -> Quantity:
+    assert found is not None
+    return found
 
 
 def interval(low: float, value: float, high: float) -> Interval:
@@ -188,7 +227,9 @@ def test_factors_carry_their_spread_and_source() -> None:
     assert france.licence == "MIT"
     assert "carbontracker" in france.source
     assert find_factor("world") == WORLD
-    assert user_supplied(445.0) is WORLD
+    assert of_recipe(445.0) is WORLD
+    assert parse_factor("445") == user_supplied(445.0)  # a user's own figure is the user's
+    assert user_supplied(445.0).source == "user supplied"
     assert user_supplied(50.0).source == "user supplied"
     with pytest.raises(GreenpruneError, match="did you mean 'Germany'"):
         find_factor("Germny")
@@ -329,7 +370,7 @@ def test_damaged_ledger_makes_the_account_a_lower_bound() -> None:
     rows = [row("train", 100.0), row("prune", 50.0)]
     found = account(rows, results, unreadable=["ledger.jsonl, line 2: expected a row"])
     assert UNREADABLE in found.unmeasured_stages
-    assert found.total_kwh.value == pytest.approx(150 / 3.6e6)
+    assert known(found.total_kwh).value == pytest.approx(150 / 3.6e6)
     paid = found.variants["mild"].break_even
     assert paid.inferences is None
     assert UNREADABLE in paid.reason
@@ -357,7 +398,7 @@ def test_account_in_words() -> None:
     assert re.search(r"in joules after .* days\), in CO2 after .* days\)", told["mild"])
     notes = "\n".join(footnotes(found))
     assert "France, 2024" in notes
-    assert "12 kgCO2e for the fleet" in notes
+    assert "12\u00a0kg of CO2e for the fleet" in notes
     assert "lower bounds without: bench-x86" in notes
 
 
@@ -420,11 +461,11 @@ def test_account_of_a_run() -> None:
         row("bench-x86", 7.0),
     ]
     found = account(rows, results, intensity_g_per_kwh=400.0, pue=1.5, inferences=1000)
-    assert found.training_joules.value == 150.0
-    assert found.pruning_joules.value == 50.0
-    assert found.observing_joules.value == 7.0
-    assert found.total_kwh.value == pytest.approx(207 / 3.6e6)
-    assert found.total_kgco2e.value == pytest.approx(207 / 3.6e6 * 1.5 * 0.4)
+    assert known(found.training_joules).value == 150.0
+    assert known(found.pruning_joules).value == 50.0
+    assert known(found.observing_joules).value == 7.0
+    assert known(found.total_kwh).value == pytest.approx(207 / 3.6e6)
+    assert known(found.total_kgco2e).value == pytest.approx(207 / 3.6e6 * 1.5 * 0.4)
     assert [total.stage for total in found.stages] == [
         "train",
         "prune",
@@ -461,3 +502,213 @@ def test_pue_below_one_is_refused() -> None:
     for absurd in (0.9, 156.0, math.nan):
         with pytest.raises(MeasurementError, match=r"1\.0 or more, and at most 5"):
             account([], None, pue=absurd)
+
+
+def exactly(value: float) -> Quantity:
+    return Quantity(value=value, low=value, high=value)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A run with three finished stages, each with its row."""
+    monkeypatch.setattr(deployment, "results_of", lambda _: neighbour("test_harness").results())
+    monkeypatch.setattr(deployment, "default_runtime", lambda _: "onnxruntime")
+    for number, stage in enumerate(("train", "prune", "finetune-mild")):
+        content: dict[str, Any] = {
+            "stage": stage,
+            "inputs_sha256": str(number) * 64,
+            "needs": {},
+            "started": f"2026-01-0{number + 1}",
+            "seconds": 1.0,
+            "energy": None,
+            "results": {},
+            "resumed": stage == "finetune-mild",
+        }
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / STAGE_FILE).write_text(json.dumps(content))
+        identity = f"{stage} {content['started']} {content['inputs_sha256'][:16]}"
+        entered = dataclasses.replace(row(stage, 100.0), identity=identity)
+        ledger.append(tmp_path / LEDGER_FILE, entered)
+    return Job(Recipe(), tmp_path)
+
+
+def account_of(job: Job) -> Account:
+    return deployment.account_from(job, ledger.scan(job.folder / LEDGER_FILE))
+
+
+def test_finished_stage_without_a_row_is_unmeasured(job: Job) -> None:
+    whole = account_of(job)
+    assert whole.unmeasured_stages == ()
+    assert whole.incomplete_stages == ("finetune-mild",)
+    assert whole.intensity is WORLD
+    assert whole.variants["mild"].break_even.inferences is not None
+    path = job.folder / LEDGER_FILE
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[2])
+    lost = account_of(job)
+    assert lost.unmeasured_stages == ("prune",)
+    assert lost.variants["mild"].break_even.inferences is None
+    assert "prune" in lost.variants["mild"].break_even.reason
+    path.unlink()
+    gone = account_of(job)
+    assert gone.unmeasured_stages == ("train", "prune", "finetune-mild")
+    assert gone.total_kwh is gone.total_kgco2e is gone.pruning_joules is None
+    assert gone.variants["mild"].break_even.inferences is None
+    assert gone.variants["mild"].saved_kgco2e is None
+    assert spent(gone) == "not measured"
+
+
+def test_copied_line_counts_once(job: Job) -> None:
+    path, whole = job.folder / LEDGER_FILE, account_of(job)
+    path.write_text(path.read_text() * 2)
+    assert account_of(job) == whole
+
+
+def test_resumed_stages_are_said_to_be_lower_bounds(job: Job) -> None:
+    found = account_of(job)
+    assert understated(found) == {"pruning"}
+    assert spent(found).startswith("at least ")
+    assert stage_joules(found, found.stages[2]).startswith("at least 100")
+    assert not stage_joules(found, found.stages[1]).startswith("at least")
+    assert not life_carbon(found, "dense").startswith("at least")
+    assert life_carbon(found, "mild").startswith("at least")
+    assert saved_carbon(found, "mild").startswith("at most")
+    assert "after at least" in break_evens(found)["mild"]
+    assert any(note.startswith("killed and resumed: finetune-mild") for note in footnotes(found))
+
+
+def test_unmeasured_pruning_saves_nothing_that_is_known() -> None:
+    results = neighbour("test_harness").results()
+    rows = [row("train", 100.0), row("prune", 50.0), row("finetune-mild", None)]
+    mild = account(rows, results).variants["mild"]
+    assert mild.saved_kgco2e is None
+    assert "finetune-mild" in mild.break_even.reason
+    only_trained = account(rows[:1], results)
+    assert only_trained.pruning_joules is None
+    assert only_trained.variants["mild"].break_even.reason == NOTHING_PRUNED
+    assert life_carbon(only_trained, "mild").startswith("at least")
+
+
+def test_weights_trained_elsewhere_do_not_hide_the_break_even() -> None:
+    found = account([row("load", 1.0), row("prune", 50.0)], neighbour("test_harness").results())
+    assert found.unmeasured_stages == (TRAINED_ELSEWHERE,)
+    assert found.training_joules is None
+    assert understated(found) == {"training"}
+    assert found.variants["mild"].break_even.inferences is not None
+    assert not saved_carbon(found, "mild").startswith("at most")
+
+
+def test_few_windows_show_no_saving() -> None:
+    few = Interval(value=0.5, low=0.4, high=0.6, confidence=0.9375)
+    found = break_even(exactly(10.0), each_mj(1.0), few)
+    assert found.inferences is None
+    assert "too few windows" in found.reason
+
+
+def test_dense_energy_that_may_be_zero_gives_no_break_even() -> None:
+    dense = dataclasses.replace(each_mj(1.0), low=0.0)
+    found = break_even(exactly(10.0), dense, interval(0.4, 0.5, 0.6))
+    assert found.inferences is None
+    assert "above 0" in found.reason
+
+
+def test_lives_meet_at_the_break_even_whatever_the_medians_are() -> None:
+    results = neighbour("test_harness").results()
+    dense, mild = results.candidates
+    assert mild.energy_mj is not None
+    assert dense.energy_mj is not None
+    # r is 0.5; the ratio of the medians is now 0.9
+    apart = dataclasses.replace(mild.energy_mj, value=0.9 * dense.energy_mj.value)
+    results = dataclasses.replace(
+        results, candidates=(dense, dataclasses.replace(mild, energy_mj=apart))
+    )
+    rows = [row("train", 100.0), row("prune", 50.0)]
+    reached = account(rows, results).variants["mild"].break_even.inferences
+    assert reached is not None
+    lives = account(rows, results, inferences=round(reached.value)).variants
+    one, other = lives["dense"].life_joules, lives["mild"].life_joules
+    assert one is not None
+    assert other is not None
+    assert other.value == pytest.approx(one.value, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        ({"provenance": None}, "null are: provenance"),
+        ({"joules": None, "kwh": None, "kgco2e": None}, "null are: joules, kwh, kgco2e"),
+        ({"seconds": math.nan}, "seconds: expected 0 or more, got nan"),
+        ({"pue": 0.5}, "pue: expected"),
+        ({"pue": math.nan}, "pue: expected"),
+        ({"seconds": 99.0, "identity": "prune 1"}, "identity: expected one of its own"),
+    ],
+)
+def test_row_that_cannot_be_is_damage(damage: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger.append(path, row("prune", 2.0))
+    with path.open("a") as file:
+        file.write(json.dumps(schema.encode(row("train", 5.0)) | damage) + "\n")
+    found = ledger.scan(path)
+    assert [kept.stage for kept in found.rows] == ["prune"]
+    assert len(found.unreadable) == 1
+    assert fault in found.unreadable[0]
+
+
+def test_deep_nesting_is_damage_of_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b"[" * 200_000 + b"\n")
+    ledger.append(path, row("prune", 2.0))
+    found = ledger.scan(path)
+    assert len(found.rows) == len(found.unreadable) == 1
+
+
+def test_whole_last_row_without_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    rows = (row("train", 5.0), row("prune", 2.0))
+    ledger.append(path, rows[0])
+    path.write_bytes(path.read_bytes()[:-1])
+    assert ledger.read(path) == rows[:1]
+    ledger.append(path, rows[1])
+    assert ledger.read(path) == rows
+
+
+def test_ledger_of_before_the_notes_is_read(tmp_path: Path) -> None:
+    plain = schema.encode(row("train", 5.0))
+    del plain["note"]
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(json.dumps(plain) + "\n")
+    assert ledger.read(path) == (row("train", 5.0),)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (609.4, "609"), (999.9, "1,000"), (1.234e9, "1,230,000,000"), (-0.01, "-0.01")],
+)
+def test_numbers_have_no_exponent(value: float, text: str) -> None:
+    assert rounded(value) == text
+    assert rounded(609.4, 2) == "610"
+
+
+def test_units_suit_the_figure() -> None:
+    assert joules(exactly(36.9e3)) == "36.9\u00a0kJ"
+    assert joules(exactly(0.0)) == "0\u00a0J"
+    assert grams(exactly(2e-9)) == "2\u00a0µg"
+    assert grams(Quantity(value=-4000.0, low=-5000.0, high=1.0)) == ("-4 [-5,\u00a00.001]\u00a0t")
+    assert (
+        quantity(Quantity(value=1e6, low=1e3, high=2e9)) == "1,000,000 [1,000,\u00a02,000,000,000]"
+    )
+
+
+def test_reason_of_a_gap_is_in_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def stuck(_: Meter) -> Iterator[Window]:
+        yield Window()
+        raise MeasurementError("the counter did not move")
+
+    monkeypatch.setattr(Meter, "measure", stuck)
+    execute(Job(Recipe(), tmp_path), [Stage("prune", lambda _: {})])
+    rows = ledger.read(tmp_path / LEDGER_FILE)
+    assert [(entered.joules, entered.note) for entered in rows] == [
+        (None, "the counter did not move")
+    ]
+    assert account(rows, None).stages[0].note == "the counter did not move"

@@ -96,6 +96,11 @@ def test_every_total_is_derived_again(
         (("stages", 0, "joules", "low"), "stage train: joules"),
         (("variants", "mild", "break_even", "inferences", "value"), "break-even, joules"),
         (("variants", "mild", "break_even_co2", "inferences", "value"), "break-even, CO2"),
+        (("variants", "mild", "break_even", "inferences", "low"), "break-even, joules"),
+        (("variants", "mild", "break_even_co2", "inferences", "high"), "break-even, CO2"),
+        (("variants", "mild", "saved_kgco2e", "low"), "saved, kgCO2e"),
+        (("variants", "mild", "saved_kgco2e", "high"), "saved, kgCO2e"),
+        (("variants", "mild", "counted_mj", "value"), "mJ of a life"),
         (("variants", "mild", "sci_ugco2e", "value"), "SCI"),
         (("variants", "dense", "life_kgco2e", "value"), "life, kgCO2e"),
         (("embodied_kgco2e",), "embodied"),
@@ -122,12 +127,32 @@ def test_provenance_that_is_too_strong_is_found() -> None:
     assert line.startswith("provenance: derived estimated_model")
 
 
+def test_ratio_that_the_windows_do_not_have_is_found() -> None:
+    rows = rows_of([100.0, 20.0])
+    said, changed = plain(account(rows, results)), plain(results)
+    changed["candidates"][1]["energy_ratio"]["value"] *= 1.001
+    (line,) = check.differences(plain(rows), changed, said)[1]
+    assert line.startswith("mild: r, paired by block")
+
+
+@pytest.mark.parametrize("absent", [[], ["prune"], ["train"]])
+def test_break_even_is_told_where_and_only_where_pruning_is_known(absent: list[str]) -> None:
+    rows = [builders.row("load", 1.0), builders.row("prune", 20.0)]
+    said = plain(account(rows, results, absent=absent))
+    told = said["variants"]["mild"]["break_even"]["inferences"]
+    assert (told is None) == ("prune" in absent)
+    assert check.differences(plain(rows), plain(results), said)[1] == []
+    other = None if told else {"value": 1.0, "low": 1.0, "high": 1.0}
+    said["variants"]["mild"]["break_even"]["inferences"] = other
+    assert check.differences(plain(rows), plain(results), said)[1] != []
+
+
 def test_codecarbon_agrees_for_its_own_country_figure() -> None:
     rows = rows_of([3.6e6])  # 1 kWh
     made = account(rows, results, intensity_g_per_kwh=find_factor("FRA:2023"), pue=1.5)
     found = check.by_codecarbon(plain(made))
     assert found["country"] == "FRA"
-    assert found["own_grid_kg"] == pytest.approx(made.total_kgco2e.value, rel=1e-12)
+    assert found["own_grid_kg"] == pytest.approx(builders.known(made.total_kgco2e).value, rel=1e-12)
     assert found["own_grid_kg"] == pytest.approx(1.5 * found["own_g_per_kwh"] / 1000)
     assert not check.codecarbon_agrees(found | {"own_grid_kg": 1.0})
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +22,12 @@ from greenprune import api, cli
 from greenprune.errors import MissingPackageError, StorageError
 from greenprune.harness.results import Candidate, Results
 from greenprune.meters import Energy
+from greenprune.nncec import account_plots, plots
 from greenprune.nncec.account import Account, account
 from greenprune.nncec.factors import find_factor
 from greenprune.nncec.ledger import stage_row
 from greenprune.nncec.life import Embodied, Fleet
-from greenprune.nncec.plots import dial_points
+from greenprune.nncec.plots import dial_points, latency_share
 from greenprune.nncec.report import headline, write_report
 
 
@@ -92,7 +94,6 @@ SUMMARY: dict[str, Any] = {
     "name": "digits <script>alert(1)</script>",
     "seed": 0,
     "machine": {"cpu": "Fast One", "governor": None, "versions": {"numpy": "2.0"}},
-    "stages": [],
     "variants": {
         name: {"accuracy": accuracy, "macs": 1000, "params": 2000}
         for name, accuracy in (
@@ -237,11 +238,11 @@ def test_page_shows_the_fleet_and_a_damaged_ledger(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", SUMMARY, results, found)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "1,460,000,000 inferences: 5,000 a day over 4 years on 200 devices" in text
-    assert "4,000 kgCO2e" in text
+    assert "4\u00a0t of CO2e" in text
     assert "France, 2024" in text
     assert "line 7" in text
     assert "lower bounds" in text
-    assert "making the devices" in text
+    assert "Making the devices, 4\u00a0t, is the same for all and not drawn" in text
 
 
 def test_headline_claims_only_what_is_shown() -> None:
@@ -258,6 +259,123 @@ def test_headline_claims_only_what_is_shown() -> None:
         results, candidates=(*others, dataclasses.replace(pair, speedup=same))
     )
     assert "no clear difference" in headline(SUMMARY, changed)
+
+
+def on(runtime: str, candidate: Candidate, **changes: Any) -> Candidate:
+    return dataclasses.replace(candidate, runtime=runtime, **changes)
+
+
+def test_headline_takes_the_runs_runtime_and_claims_nothing_of_few_windows() -> None:
+    results = measured()
+    pair = results.candidates[-1]
+    assert pair.energy_ratio is not None
+    few = {
+        name: dataclasses.replace(getattr(pair, name), confidence=0.9375)
+        for name in ("speedup", "energy_ratio")
+    }
+    both = dataclasses.replace(results, candidates=(on("openvino", pair), on("x", pair, **few)))
+    chosen = {**SUMMARY, "dial": {**SUMMARY["dial"], "runtime": "x"}}
+    text = headline(chosen, both)
+    assert "no clear difference in speed on x (too few windows)" in text
+    assert "no clear difference in energy (too few windows) (ESTIMATE)" in text
+    assert "2.00 times" not in text
+    assert "50%" not in text
+    elsewhere = {**SUMMARY, "dial": {**SUMMARY["dial"], "runtime": "gone"}}
+    assert "on openvino" in headline(elsewhere, both)
+    without = dataclasses.replace(results, candidates=results.candidates[:2])
+    assert "the pair was not measured" in headline(SUMMARY, without)
+    wide = dataclasses.replace(pair.energy_ratio, low=0.4, high=1.1)
+    unsure = dataclasses.replace(results, candidates=(on("o", pair, energy_ratio=wide),))
+    assert "with no clear difference in energy (ESTIMATE)" in headline(SUMMARY, unsure)
+
+
+def test_latencies_count_by_the_inferences_of_their_window() -> None:
+    dense = measured().candidates[0]
+    one, two = dense.windows[:2]
+
+    def window(found: Any, inferences: int, milliseconds: float) -> Any:
+        latency = dataclasses.replace(found.latency, quantiles_ns=(1e6 * milliseconds,) * 101)
+        return dataclasses.replace(found, inferences=inferences, latency=latency)
+
+    unequal = (window(one, 900, 1.0), window(two, 100, 5.0))
+    latencies, share = latency_share(dataclasses.replace(dense, windows=unequal))
+    assert share[latencies <= 1.0].max() == pytest.approx(90.0)
+    assert share[-1] == pytest.approx(100.0)
+
+
+def test_no_plot_of_what_is_not_known() -> None:
+    results = measured()
+    nothing = account([], results)
+    assert account_plots.stages_bar(nothing) is None
+    assert account_plots.break_even_curve(nothing, "J") is None
+    gone = accounted(results, absent=["export"])
+    assert account_plots.break_even_curve(gone, "gCO2e") is None
+    zero = Energy(
+        value=0.0,
+        low=0.0,
+        high=0.0,
+        provenance="measured_counter",
+        scope="a test",
+        meter="rapl",
+        seconds=1.0,
+    )
+    terms: dict[str, Any] = {"seconds": 1.0, "intensity_g_per_kwh": 445.0, "pue": 1.0}
+    rows = [
+        stage_row(identity=stage, stage=stage, energy=zero, **terms) for stage in ("train", "prune")
+    ]
+    idle = account(rows, results)
+    assert account_plots.stages_bar(idle) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of an axis without a width
+        assert account_plots.break_even_curve(idle, "J") is not None
+
+
+def test_interval_that_leaves_the_plot_is_an_arrow() -> None:
+    found = accounted(measured())
+    mild = found.variants["mild"]
+    assert mild.break_even.inferences is not None
+
+    def drawn(high: float) -> str:
+        reached = dataclasses.replace(mild.break_even.inferences, high=high)  # type: ignore[type-var]
+        paid = dataclasses.replace(mild.break_even, inferences=reached)
+        variants = {**found.variants, "mild": dataclasses.replace(mild, break_even=paid)}
+        plot = account_plots.break_even_curve(dataclasses.replace(found, variants=variants), "J")
+        assert plot is not None
+        return plot.svg
+
+    value = mild.break_even.inferences.value
+    assert drawn(100 * value).count("<path") != drawn(1.1 * value).count("<path")
+
+
+def test_windows_far_apart_are_drawn_on_a_logarithmic_axis(monkeypatch: Any) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(plots, "logarithmic", asked.append)
+    results = measured()
+    plots.energy_windows(results)
+    assert asked == []
+    dense, *others = results.candidates
+    large = tuple(dataclasses.replace(w, inferences=w.inferences // 20) for w in dense.windows)
+    dense = dataclasses.replace(dense, windows=large)
+    plots.energy_windows(dataclasses.replace(results, candidates=(dense, *others)))
+    assert len(asked) == 1
+
+
+def test_page_says_why_a_stage_was_not_measured(tmp_path: Path) -> None:
+    results = measured()
+    row = stage_row(
+        identity="prune 1",
+        stage="prune",
+        seconds=1.0,
+        energy=None,
+        intensity_g_per_kwh=445.0,
+        pue=1.0,
+        note="the counter did not move",
+    )
+    write_report(tmp_path / "report.html", SUMMARY, results, account([row], results))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "not measured: the counter did not move" in text
+    assert "Spent so far: not measured" in text
+    assert "not known" in text
 
 
 def test_report_without_measurements(tmp_path: Path) -> None:
@@ -343,6 +461,7 @@ def test_command_answers_machines(
         ("--device-intensity FRA:1901", "the table has 2023 and 2024"),
         ("--embodied -3", "embodied carbon of a device"),
         ("--embodied 3 --lifetime 0", "lifetime of a device"),
+        ("--lifetime 4", "give --embodied too"),
         ("--pue 0.5", "pue = 0.5: expected 1.0 or more"),
     ],
 )

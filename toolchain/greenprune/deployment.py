@@ -15,14 +15,23 @@ from numpy.typing import NDArray
 
 from greenprune import bundle, certification, compilation, models, schema, storage, training
 from greenprune.bundle import VARIANTS
+from greenprune.cores import session_threads
 from greenprune.data import Split
 from greenprune.errors import RecipeError, RunError
 from greenprune.harness import Results, bench, read_results, write_results
-from greenprune.harness.environment import usable_cores, versions
+from greenprune.harness.environment import versions
 from greenprune.nncec import account as accounting
-from greenprune.nncec import ledger
+from greenprune.nncec import factors, ledger
 from greenprune.nncec.report import write_report
-from greenprune.pipeline import LEDGER_FILE, Job, Stage, Work
+from greenprune.pipeline import (
+    LEDGER_FILE,
+    Job,
+    Stage,
+    Work,
+    counted_as,
+    ledger_identity,
+    read_stage,
+)
 from greenprune.pruning import cost, record
 from greenprune.registry import Target, device_kind, load_target
 from greenprune.runtime import decide
@@ -53,13 +62,13 @@ def stages(target: str) -> list[Stage]:
         Stage(certified, certify, needs=(raced, "selector"), depends=of("certify")),
         Stage(bundled, write_bundle, needs=("calibrate", compiled, certified)),
         Stage(benched, measure, needs=(bundled,), depends=_bench_depends),
-        Stage(accounted, account, needs=(benched,), depends=of("account"), version=2),
+        Stage(accounted, account, needs=(benched,), depends=of("account"), version=3),
         Stage(f"report-{target}", report, needs=(accounted,), version=2),
     ]
 
 
 def _threads(job: Job) -> Any:
-    return job.recipe.threads or usable_cores()
+    return session_threads(job.recipe.threads)
 
 
 def _bench_depends(job: Job) -> Any:
@@ -391,16 +400,32 @@ def account(work: Work) -> dict[str, Any]:
 
 def account_from(job: Job, entered: ledger.Content, **changes: Any) -> accounting.Account:
     """The account of these rows by the recipe's settings; ``changes`` are arguments of
-    :func:`greenprune.nncec.account.account` that go before them."""
+    :func:`greenprune.nncec.account.account` that go before them.
+
+    Every finished stage should have a row; one that has none is named, not taken as free.
+    """
     settings = job.recipe.account
+    rows = ledger.distinct(entered.rows)
+    identities = {row.identity for row in rows}
+    stages = [(counted_as(stage), stage) for stage in finished_stages(job)]
     terms: dict[str, Any] = {
-        "intensity_g_per_kwh": settings.intensity_g_per_kwh,
+        "intensity_g_per_kwh": factors.of_recipe(settings.intensity_g_per_kwh),
         "pue": settings.pue,
         "inferences": settings.inferences,
         "runtime": default_runtime(job),
         "unreadable": entered.unreadable,
+        "absent": [
+            name for name, stage in stages if ledger_identity(stage, name) not in identities
+        ],
+        "incomplete": [name for name, stage in stages if stage.get("resumed")],
     }
-    return accounting.account(entered.rows, results_of(job), **(terms | changes))
+    return accounting.account(rows, results_of(job), **(terms | changes))
+
+
+def finished_stages(job: Job) -> list[dict[str, Any]]:
+    """Every finished stage's description, in the order in which they were run."""
+    found = (read_stage(path) for path in job.folder.iterdir() if path.is_dir())
+    return sorted((stage for stage in found if stage), key=lambda stage: str(stage["started"]))
 
 
 def read_account(job: Job) -> dict[str, Any]:

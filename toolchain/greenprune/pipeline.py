@@ -259,7 +259,7 @@ def _is_complete(job: Job, stage: Stage, inputs_sha256: str) -> bool:
     content = read_stage(job.place(stage.name))
     if content is None or content["inputs_sha256"] != inputs_sha256:
         return False
-    _enter_in_ledger(job, content, _counted_as(content))
+    _enter_in_ledger(job, content, counted_as(content))
     return True
 
 
@@ -290,7 +290,7 @@ def _run_stage(
         storage.write_json(folder / STAGE_FILE, content)
     for old in checkpoint.parent.glob(f"{stage.name}-*.safetensors"):
         old.unlink()
-    _enter_in_ledger(job, content, _counted_as(content))
+    _enter_in_ledger(job, content, counted_as(content))
     told = (
         f"{content['seconds']:.1f} s",
         _joules(content["energy"]),
@@ -326,15 +326,20 @@ def _joules(energy: dict[str, Any] | None) -> str:
     return f"{energy['low']:.3g} to {energy['high']:.3g} J ({label(energy['provenance'])})"
 
 
-def _counted_as(content: dict[str, Any]) -> str:
+def counted_as(content: dict[str, Any]) -> str:
     """What a stage is called in the ledger; loading trained weights is not training."""
     return str(content["results"].get("counted_as", content["stage"]))
+
+
+def ledger_identity(content: dict[str, Any], stage: str) -> str:
+    """Of the row that an execution has in the ledger, there called ``stage``."""
+    return f"{stage} {content['started']} {content['inputs_sha256'][:16]}"
 
 
 def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:
     """Append the stage to the life's ledger, once: also after a kill between folder and row."""
     path = job.folder / LEDGER_FILE
-    identity = f"{stage} {content['started']} {content['inputs_sha256'][:16]}"
+    identity = ledger_identity(content, stage)
     if any(row.identity == identity for row in ledger.read(path)):
         return
     ledger.append(
@@ -346,5 +351,6 @@ def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:
             energy=content["energy"],
             intensity_g_per_kwh=job.recipe.account.intensity_g_per_kwh,
             pue=job.recipe.account.pue,
+            note=content.get("energy_gap", ""),
         ),
     )

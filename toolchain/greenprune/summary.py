@@ -13,7 +13,7 @@ from greenprune.bundle import VARIANTS as NETWORKS
 from greenprune.harness import Results
 from greenprune.harness.environment import describe_environment
 from greenprune.nncec.account import Account
-from greenprune.pipeline import Job, read_stage
+from greenprune.pipeline import Job
 
 VARIANTS = (*NETWORKS, "pair")
 
@@ -27,7 +27,7 @@ def summarise(job: Job) -> dict[str, Any]:
         "run": str(job.folder),
         "bundle": str(deployment.bundle_folder(job)),
         "report": str(job.place(f"report-{target}") / "report.html"),
-        "seconds": sum(stage["seconds"] for stage in _stages(job)),
+        "seconds": sum(stage["seconds"] for stage in deployment.finished_stages(job)),
         "preset": results.preset,
         "valid": results.verdict.valid,
         "variants": {variant: _variant(job, variant, results) for variant in VARIANTS},
@@ -42,12 +42,6 @@ def summarise(job: Job) -> dict[str, Any]:
         },
         "account": deployment.read_account(job),
     }
-
-
-def _stages(job: Job) -> list[dict[str, Any]]:
-    """Every finished stage's description, in the order in which they were run."""
-    found = (read_stage(path) for path in job.folder.iterdir() if path.is_dir())
-    return sorted((stage for stage in found if stage), key=lambda stage: str(stage["started"]))
 
 
 def _variant(job: Job, variant: str, results: Results) -> dict[str, Any]:
@@ -106,9 +100,6 @@ def report_input(job: Job, account: Account) -> dict[str, Any]:
         "name": job.recipe.name,
         "seed": job.recipe.seed,
         "machine": describe_environment(),
-        "stages": [
-            {key: stage[key] for key in ("stage", "seconds", "energy")} for stage in _stages(job)
-        ],
         "variants": {variant: _variant(job, variant, results) for variant in VARIANTS},
         "selector": {**job.results("selector"), **certified},
         "dial": {
@@ -157,7 +148,7 @@ def _caveats(job: Job, results: Results) -> list[str]:
             "The weights came from elsewhere, and the selector's and the certificate's images from "
             "the training images: the certificate holds only where the weights never saw these."
         )
-    resumed = [stage["stage"] for stage in _stages(job) if stage["resumed"]]
+    resumed = [stage["stage"] for stage in deployment.finished_stages(job) if stage["resumed"]]
     if resumed:
         found.append(
             f"Killed and resumed: {', '.join(resumed)}; what these spent before is not counted, "

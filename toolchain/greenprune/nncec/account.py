@@ -13,21 +13,26 @@ NNCEC's own equations are not public; what follows is our reading, and claims no
 - SCI (ISO/IEC 21031:2024) with R = one inference: ((E x I) + M) per R, E and M of the device alone;
   training and pruning are in the life's total, not in the score.
 
+- a pruned network's inference counts in a life as r e_dense, with r paired by block, as in the
+  break-even, so that both agree.
+
 Embodied carbon is included where the user gives the device's. A stage that was not measured is
-named and makes the totals lower bounds; it is never counted as zero silently.
+named and makes the totals lower bounds; it is never counted as zero silently, and of what no row
+has joules there is no total.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from greenprune.bundle import Provenance
 from greenprune.errors import MeasurementError
 from greenprune.harness.results import Candidate, InferenceEnergy, Results
 from greenprune.harness.statistics import Interval
 from greenprune.meters.energy import weakest
-from greenprune.nncec.factors import Factor, user_supplied
+from greenprune.nncec.factors import WORLD, Factor, user_supplied
 from greenprune.nncec.ledger import JOULES_PER_KWH, Quantity, Row
 from greenprune.nncec.life import Embodied, Fleet
 
@@ -36,6 +41,7 @@ OBSERVING = ("load", "bench", "account", "report")
 """Stages that look at the network and change nothing: in the totals, not in break-even."""
 TRAINED_ELSEWHERE = "training of the supplied weights"
 NOT_MEASURED = "inferences were not measured"
+NOTHING_PRUNED = "no stage that pruned is in the ledger with joules"
 UNREADABLE = "damaged lines of the ledger"
 """Listed among the stages that were not measured; any stage may have been in such a line."""
 HIGHEST_PUE = 5.0
@@ -51,6 +57,8 @@ class StageTotal:
     joules: Quantity | None
     kgco2e: Quantity | None
     provenance: Provenance | None
+    note: str
+    """Why ``joules`` are None, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,8 @@ class VariantAccount:
     """One variant: for each inference, and for its life of ``Account.inferences`` of them."""
 
     energy_mj: InferenceEnergy | None
+    counted_mj: Quantity | None
+    """Of one inference as the life counts it: r times the dense network's, paired by block."""
     ugco2e: Quantity | None
     """Of one inference's electricity, micrograms."""
     sci_ugco2e: Quantity | None
@@ -74,7 +84,8 @@ class VariantAccount:
     life_kgco2e: Quantity | None
     """With embodied carbon, where it is given."""
     saved_kgco2e: Quantity | None
-    """Against the dense network over the life, what pruning cost deducted; below 0 is a loss."""
+    """Against the dense network over the life, what pruning cost deducted; below 0 is a loss.
+    None where it is not known; ``break_even.reason`` says why."""
     break_even: BreakEven
     """In joules."""
     break_even_co2: BreakEven
@@ -82,18 +93,22 @@ class VariantAccount:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """The whole account; ``provenance`` is the weakest of all that went into it.
+    """The whole account; ``provenance`` is the weakest of the joules that went into it.
 
-    ``total_kwh`` and ``total_kgco2e`` are the ledger's: spent so far, no inference in the field.
+    Intensities and embodied carbon have sources of their own. ``total_kwh`` and ``total_kgco2e``
+    are the ledger's: spent so far, no inference in the field. A sum is None where nothing of it was
+    measured, and a lower bound where :func:`understated` names its purpose.
     """
 
     stages: tuple[StageTotal, ...]
     unmeasured_stages: tuple[str, ...]
-    training_joules: Quantity
-    pruning_joules: Quantity
-    observing_joules: Quantity
-    total_kwh: Quantity
-    total_kgco2e: Quantity
+    incomplete_stages: tuple[str, ...]
+    """Measured in part: killed and resumed, so that their joules are lower bounds."""
+    training_joules: Quantity | None
+    pruning_joules: Quantity | None
+    observing_joules: Quantity | None
+    total_kwh: Quantity | None
+    total_kgco2e: Quantity | None
     variants: dict[str, VariantAccount]
     runtime: str | None
     inferences: int
@@ -120,7 +135,7 @@ def account(
     rows: Sequence[Row],
     results: Results | None,
     *,
-    intensity_g_per_kwh: float | Factor = 445.0,
+    intensity_g_per_kwh: float | Factor = WORLD,
     device_intensity_g_per_kwh: float | Factor | None = None,
     pue: float = 1.0,
     inferences: int = 1_000_000,
@@ -128,6 +143,8 @@ def account(
     embodied: Embodied | None = None,
     runtime: str | None = None,
     unreadable: Sequence[str] = (),
+    absent: Sequence[str] = (),
+    incomplete: Sequence[str] = (),
 ) -> Account:
     """Make the account.
 
@@ -144,6 +161,8 @@ def account(
         embodied: carbon of making a device; needs a fleet, which says how long it is in use.
         runtime: whose inferences are counted; None means the first one measured.
         unreadable: the ledger's damaged lines, from :func:`greenprune.nncec.ledger.scan`.
+        absent: stages that are finished and have no row in the ledger.
+        incomplete: stages that were killed and resumed: a part of their joules is in no row.
 
     Raises:
         MeasurementError: a PUE or an intensity that no place has, embodied carbon without a fleet,
@@ -171,8 +190,9 @@ def account(
         _sum(row.joules for row in rows if purpose(row.stage) == wanted)
         for wanted in ("training", "pruning", "observing")
     )
-    kwh = _sum((training, pruning, observing)).scaled(1 / JOULES_PER_KWH)
-    unmeasured = _unmeasured(rows, unreadable)
+    joules = _sum((training, pruning, observing))
+    kwh = None if joules is None else joules.scaled(1 / JOULES_PER_KWH)
+    unmeasured = _unmeasured(rows, absent, unreadable)
     dense = chosen["dense"].energy_mj if "dense" in chosen else None
     labels = [row.provenance for row in rows] + [
         candidate.energy_mj.provenance for candidate in chosen.values() if candidate.energy_mj
@@ -180,11 +200,12 @@ def account(
     return Account(
         stages=_stages(rows, life),
         unmeasured_stages=unmeasured,
+        incomplete_stages=tuple(dict.fromkeys(incomplete)),
         training_joules=training,
         pruning_joules=pruning,
         observing_joules=observing,
         total_kwh=kwh,
-        total_kgco2e=_carbon(kwh, life.host, pue),
+        total_kgco2e=None if kwh is None else _carbon(kwh, life.host, pue),
         variants={
             name: _variant(candidate, dense, training, pruning, unmeasured, life)
             for name, candidate in chosen.items()
@@ -209,9 +230,12 @@ def _factor(given: float | Factor) -> Factor:
     return given if isinstance(given, Factor) else user_supplied(given)
 
 
-def _unmeasured(rows: Sequence[Row], unreadable: Sequence[str]) -> tuple[str, ...]:
-    names = [row.stage for row in rows if row.joules is None]
-    if not any(purpose(row.stage) == "training" for row in rows):
+def _unmeasured(
+    rows: Sequence[Row], absent: Sequence[str], unreadable: Sequence[str]
+) -> tuple[str, ...]:
+    names = [row.stage for row in rows if row.joules is None] + list(absent)
+    entered = [row.stage for row in rows] + list(absent)
+    if not any(purpose(stage) == "training" for stage in entered):
         names.append(TRAINED_ELSEWHERE)
     if unreadable:
         names.append(UNREADABLE)
@@ -226,7 +250,16 @@ def purpose(stage: str) -> str:
     kind = stage.partition("-")[0]
     if kind in OBSERVING:
         return "observing"
-    return "training" if kind == TRAINING else "pruning"
+    return "training" if kind in (TRAINING, TRAINED_ELSEWHERE) else "pruning"
+
+
+def understated(account: Account) -> frozenset[str]:
+    """The purposes whose joules are lower bounds."""
+    if UNREADABLE in account.unmeasured_stages:
+        return frozenset(("training", "pruning", "observing"))
+    named = (*account.unmeasured_stages, *account.incomplete_stages)
+    nothing = {"pruning"} if account.pruning_joules is None else set()
+    return frozenset(map(purpose, named)) | nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,12 +292,10 @@ def _choose(results: Results | None, runtime: str | None) -> dict[str, Candidate
     return {c.variant: c for c in results.candidates if c.runtime == runtime}
 
 
-def _sum(parts: Iterable[Quantity | None]) -> Quantity:
-    total = Quantity(value=0.0, low=0.0, high=0.0)
-    for part in parts:
-        if part is not None:
-            total = total.plus(part)
-    return total
+def _sum(parts: Iterable[Quantity | None]) -> Quantity | None:
+    """Of those that are known; None of none."""
+    known = [part for part in parts if part is not None]
+    return reduce(Quantity.plus, known) if known else None
 
 
 def _carbon(kwh: Quantity, factor: Factor, pue: float) -> Quantity:
@@ -278,6 +309,7 @@ def _stages(rows: Sequence[Row], life: _Life) -> tuple[StageTotal, ...]:
     for stage in dict.fromkeys(row.stage for row in rows):
         runs = [row for row in rows if row.stage == stage]
         joules = None if any(r.joules is None for r in runs) else _sum(r.joules for r in runs)
+        notes = dict.fromkeys(row.note for row in runs if row.note)
         carbon = joules and _carbon(joules.scaled(1 / JOULES_PER_KWH), life.host, life.pue)
         totals.append(
             StageTotal(
@@ -286,6 +318,7 @@ def _stages(rows: Sequence[Row], life: _Life) -> tuple[StageTotal, ...]:
                 joules=joules,
                 kgco2e=carbon,
                 provenance=weakest(r.provenance for r in runs if r.provenance is not None),
+                note="; ".join(notes),
             )
         )
     return tuple(totals)
@@ -294,8 +327,8 @@ def _stages(rows: Sequence[Row], life: _Life) -> tuple[StageTotal, ...]:
 def _variant(
     candidate: Candidate,
     dense: InferenceEnergy | None,
-    training: Quantity,
-    pruning: Quantity,
+    training: Quantity | None,
+    pruning: Quantity | None,
     unmeasured: Sequence[str],
     life: _Life,
 ) -> VariantAccount:
@@ -305,6 +338,7 @@ def _variant(
         nothing = BreakEven(inferences=None, reason=NOT_MEASURED)
         return VariantAccount(
             energy_mj=None,
+            counted_mj=None,
             ugco2e=None,
             sci_ugco2e=None,
             life_joules=None,
@@ -313,20 +347,24 @@ def _variant(
             break_even=nothing,
             break_even_co2=nothing,
         )
-    prepared = training if is_dense else training.plus(pruning)
-    each = Quantity(value=found.value, low=found.low, high=found.high).scaled(1e-3)
-    # kg to micrograms: 1e9
-    ugco2e = _carbon(each.scaled(1e9 / JOULES_PER_KWH), life.device, 1.0)
-    use = each.scaled(life.inferences)
+    prepared = _sum((training,) if is_dense else (training, pruning)) or _exactly(0.0)
+    counted = each = _quantity(found)
+    if not is_dense and dense is not None and candidate.energy_ratio is not None:
+        counted = _quantity(dense).times(_quantity(candidate.energy_ratio))
+    # kg to micrograms: 1e9; mJ to J: 1e-3
+    ugco2e = _carbon(each.scaled(1e6 / JOULES_PER_KWH), life.device, 1.0)
+    use = counted.scaled(1e-3 * life.inferences)
     embodied = life.embodied_kgco2e or 0.0
     paid = paid_co2 = BreakEven(inferences=None, reason="what the others are compared with")
     if not is_dense:
+        in_co2 = pruning and pruning.times(life.host_over_device())
         paid, paid_co2 = (
             break_even(cost, dense, candidate.energy_ratio, unmeasured)
-            for cost in (pruning, pruning.times(life.host_over_device()))
+            for cost in (pruning, in_co2)
         )
     return VariantAccount(
         energy_mj=found,
+        counted_mj=counted,
         ugco2e=ugco2e,
         sci_ugco2e=ugco2e.plus(_exactly(embodied * 1e9 / life.inferences)),
         life_joules=prepared.plus(use),
@@ -335,10 +373,14 @@ def _variant(
         .plus(_exactly(embodied)),
         saved_kgco2e=None
         if is_dense
-        else _saved_kgco2e(dense, candidate.energy_ratio, pruning, life),
+        else _saved_kgco2e(dense, candidate.energy_ratio, pruning, unmeasured, life),
         break_even=paid,
         break_even_co2=paid_co2,
     )
+
+
+def _quantity(found: InferenceEnergy | Interval) -> Quantity:
+    return Quantity(value=found.value, low=found.low, high=found.high)
 
 
 def _exactly(value: float) -> Quantity:
@@ -346,10 +388,14 @@ def _exactly(value: float) -> Quantity:
 
 
 def _saved_kgco2e(
-    dense: InferenceEnergy | None, ratio: Interval | None, pruning: Quantity, life: _Life
+    dense: InferenceEnergy | None,
+    ratio: Interval | None,
+    pruning: Quantity | None,
+    unmeasured: Sequence[str],
+    life: _Life,
 ) -> Quantity | None:
     """N e_dense (1 - r) I_device - E_prune PUE I_host, in kgCO2e; r as in :func:`break_even`."""
-    if dense is None or ratio is None:
+    if dense is None or ratio is None or _unknown(pruning, unmeasured) or pruning is None:
         return None
     scale = 1e-3 * life.inferences / JOULES_PER_KWH / 1000
     spent = _carbon(pruning.scaled(1 / JOULES_PER_KWH), life.host, life.pue)
@@ -367,8 +413,16 @@ def _saved_kgco2e(
     )
 
 
+def _unknown(pruning: Quantity | None, unmeasured: Sequence[str]) -> str:
+    """Why it is not known what pruning cost; empty where it is."""
+    missing = [stage for stage in unmeasured if purpose(stage) == "pruning"]
+    if missing:
+        return f"stages without a measurement: {', '.join(missing)}"
+    return NOTHING_PRUNED if pruning is None else ""
+
+
 def break_even(
-    pruning: Quantity,
+    pruning: Quantity | None,
     dense: InferenceEnergy | None,
     ratio: Interval | None,
     unmeasured: Sequence[str] = (),
@@ -377,22 +431,30 @@ def break_even(
 
     For N* in carbon, ``pruning`` is the joules of inferences that emit as much as pruning did.
     r is paired by block, so that what both share (the machine's drift, an estimate's watts for
-    each core) cancels; its interval decides whether there is a saving at all.
+    each core) cancels; its interval decides whether there is a saving at all, at the confidence
+    that :attr:`Interval.shows_difference` asks for.
     """
     if dense is None or ratio is None:
         return BreakEven(inferences=None, reason=NOT_MEASURED)
-    if ratio.high >= 1.0:
+    unknown = _unknown(pruning, unmeasured)
+    if unknown or pruning is None:
+        return BreakEven(inferences=None, reason=unknown)
+    if ratio.high >= 1.0 or not ratio.shows_difference:
+        why = (
+            "which is not wholly below 1"
+            if ratio.high >= 1.0
+            else f"from too few windows: its confidence is {ratio.confidence:.0%}"
+        )
         return BreakEven(
             inferences=None,
             reason="no saving is shown: the energy ratio to dense is "
-            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], which is not wholly below 1",
+            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], {why}",
         )
-    missing = [
-        stage for stage in unmeasured if stage != TRAINED_ELSEWHERE and purpose(stage) == "pruning"
-    ]
-    if missing:
+    if dense.low <= 0:
         return BreakEven(
-            inferences=None, reason=f"stages without a measurement: {', '.join(missing)}"
+            inferences=None,
+            reason="the dense network's energy is not shown to be above 0: "
+            f"{dense.value:.3g} [{dense.low:.3g}, {dense.high:.3g}] mJ",
         )
     found = Quantity(
         value=pruning.value / (1e-3 * dense.value * (1 - ratio.value)),

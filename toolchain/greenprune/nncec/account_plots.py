@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from greenprune.meters.energy import label
-from greenprune.nncec.account import Account, BreakEven, VariantAccount, purpose
+from greenprune.nncec.account import (
+    Account,
+    BreakEven,
+    VariantAccount,
+    purpose,
+    understated,
+)
 from greenprune.nncec.drawing import (
     COLOURS,
     INK,
@@ -19,9 +25,12 @@ from greenprune.nncec.drawing import (
     legend_below,
 )
 from greenprune.nncec.ledger import JOULES_PER_KWH, Quantity
-from greenprune.nncec.words import quantity
+from greenprune.nncec.words import exact_grams, quantity
 
 PURPOSES = ("training", "pruning", "observing")
+MAKING = "making the devices"
+LARGE = 10.0
+"""Embodied carbon of so many times the largest operational would hide the latter."""
 
 
 def all_plots(account: Account) -> list[Plot]:
@@ -43,9 +52,9 @@ def _estimate(account: Account) -> str:
 def stages_bar(account: Account) -> Plot | None:
     """The ledger as a stacked bar, unrolled: each stage begins where the one before it ended."""
     known = [(total.stage, total.joules.value) for total in account.stages if total.joules]
-    if not known:
-        return None
     whole = sum(joules for _, joules in known)
+    if whole == 0:
+        return None
 
     def paint(axes: Any) -> None:
         names, left, seen = ["all"], 0.0, set()
@@ -88,6 +97,19 @@ def life_bars(account: Account) -> Plot | None:
         return None
     places = range(len(known))
     parts = _life_parts(account, known)
+    operational = sum(parts.values())
+    making = 1e3 * (account.embodied_kgco2e or 0.0)
+    note = "The whisker is the interval of the total; the meter's part of it is common to all."
+    if account.embodied_kgco2e is not None and making <= LARGE * max(operational):
+        parts[MAKING] = np.full(len(known), making)
+        making = 0.0
+    elif making:
+        note += (
+            f" Making the devices, {exact_grams(making / 1e3)}, is the same for all and not drawn: "
+            "it would hide the rest."
+        )
+    if understated(account) & {"training", "pruning"}:
+        note += " Lower bounds: not everything was measured."
 
     def paint(axes: Any) -> None:
         left = np.zeros(len(known))
@@ -95,7 +117,10 @@ def life_bars(account: Account) -> Plot | None:
             axes.barh(places, values, left=left, height=0.6, color=COLOURS[name], label=name)
             left += values
         lives = [found.life_kgco2e for found in known.values() if found.life_kgco2e]
-        low, high = (1e3 * np.array([getattr(life, e) for life in lives]) for e in ("low", "high"))
+        low, high = (
+            1e3 * np.array([getattr(life, end) for life in lives]) - making
+            for end in ("low", "high")
+        )
         errors = np.clip([left - low, high - left], 0, None)
         axes.errorbar(left, places, xerr=errors, fmt="none", ecolor=INK, capsize=3, linewidth=1)
         axes.set_yticks(places, list(known))
@@ -112,35 +137,41 @@ def life_bars(account: Account) -> Plot | None:
             paint,
             height=1.6 + 0.4 * len(known),
         ),
-        note="The whisker is the interval of the total; the meter's part of it is common to all.",
+        note=note,
     )
 
 
 def _life_parts(account: Account, known: dict[str, VariantAccount]) -> dict[str, Any]:
-    """Grams of each part, for each variant."""
-    grams = account.intensity.value * account.pue / JOULES_PER_KWH
-    pruning = [0.0 if name == "dense" else account.pruning_joules.value * grams for name in known]
-    parts = {
-        "training": np.full(len(known), account.training_joules.value * grams),
-        "pruning": np.array(pruning),
-        "inferences": np.array(
-            [1e-6 * v.ugco2e.value * account.inferences for v in known.values() if v.ugco2e]
-        ),
+    """Grams of each operational part, for each variant."""
+    host = account.intensity.value * account.pue / JOULES_PER_KWH
+    device = account.device_intensity.value / JOULES_PER_KWH
+    pruning = [0.0 if name == "dense" else _value(account.pruning_joules) for name in known]
+    inferences = [1e-3 * _value(v.counted_mj) * account.inferences for v in known.values()]
+    return {
+        "training": np.full(len(known), _value(account.training_joules) * host),
+        "pruning": np.array(pruning) * host,
+        "inferences": np.array(inferences) * device,
     }
-    if account.embodied_kgco2e is not None:
-        parts["making the devices"] = np.full(len(known), 1e3 * account.embodied_kgco2e)
-    return parts
+
+
+def _value(found: Quantity | None) -> float:
+    """What is known of it; the caller says that it is a lower bound."""
+    return 0.0 if found is None else found.value
 
 
 def break_even_curve(account: Account, unit: str) -> Plot | None:
-    """E(N) of every variant in ``"J"`` or ``"gCO2e"``, and where each crosses the dense one's."""
+    """E(N) of every variant in ``"J"`` or ``"gCO2e"``, and where each crosses the dense one's.
+
+    None where it is not known what pruning cost: the curves would start too low.
+    """
     known = _known(account)
-    if not known:
+    if not any(found.saved_kgco2e for found in known.values()):
         return None
+    known = {name: v for name, v in known.items() if name == "dense" or v.saved_kgco2e}
     in_joules = unit == "J"
     paid = {name: v.break_even if in_joules else v.break_even_co2 for name, v in known.items()}
     reached = [found.inferences.value for found in paid.values() if found.inferences]
-    most = 2.2 * max(reached) if reached else float(account.inferences)
+    most = 2.2 * max(reached, default=0.0) or float(account.inferences)
     stage_scale, use_scale = 1.0, 1.0
     if not in_joules:
         stage_scale = account.intensity.value * account.pue / JOULES_PER_KWH
@@ -149,11 +180,10 @@ def break_even_curve(account: Account, unit: str) -> Plot | None:
     def paint(axes: Any) -> None:
         count = np.array([0.0, most])
         for name, found in known.items():
-            assert found.energy_mj is not None
-            start = account.training_joules.value
+            start = _value(account.training_joules)
             if name != "dense":
-                start += account.pruning_joules.value
-            line = start * stage_scale + count * found.energy_mj.value * 1e-3 * use_scale
+                start += _value(account.pruning_joules)
+            line = start * stage_scale + count * _value(found.counted_mj) * 1e-3 * use_scale
             axes.plot(count, line, color=COLOURS[name], label=name, linewidth=1.8)
             crossing = paid[name].inferences
             if crossing is not None:
@@ -177,13 +207,18 @@ def break_even_curve(account: Account, unit: str) -> Plot | None:
             f"Training, pruning and inferences together in {what}, over the number of inferences",
             paint,
         ),
-        note=_break_even_note(paid),
+        note=_break_even_note(paid) + _curve_note(account),
     )
 
 
 def _mark(axes: Any, name: str, crossing: Quantity, most: float, height: float) -> None:
-    """The crossing, with its interval as far as the plot goes."""
-    ends = [[crossing.value - crossing.low], [min(crossing.high, most) - crossing.value]]
+    """The crossing, with its interval; an arrow where that goes on beyond the plot."""
+    beyond = crossing.high > most
+    ends = [[crossing.value - crossing.low], [0.0 if beyond else crossing.high - crossing.value]]
+    if beyond:
+        arrow = {"arrowstyle": "->", "color": COLOURS[name], "linewidth": 1}
+        start = (crossing.value, height)
+        axes.annotate("", xy=(most, height), xytext=start, arrowprops=arrow)
     axes.errorbar(
         crossing.value,
         height,
@@ -205,3 +240,13 @@ def _break_even_note(paid: dict[str, BreakEven]) -> str:
     never = [name for name, found in paid.items() if not found.inferences and name != "dense"]
     told = f"Paid for: {'; '.join(crossed)}. " if crossed else ""
     return told + (f"Not shown to pay: {', '.join(never)}." if never else "")
+
+
+def _curve_note(account: Account) -> str:
+    told = " A pruned network's line rises by dense's energy times the ratio paired by block."
+    short = understated(account)
+    if "training" in short:
+        told += " Training was not all measured: every line starts too low by the same."
+    if "pruning" in short:
+        told += " Pruning was not all measured: the crossings are later."
+    return told

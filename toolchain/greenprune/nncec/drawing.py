@@ -111,11 +111,17 @@ def legend_below(axes: Any, columns: int = 3) -> None:
 
 def logarithmic(axes: Any) -> None:
     """A logarithmic x axis with plain numbers."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    def between(value: float, _: int) -> str:
+        low, high = axes.get_xlim()
+        return f"{value:g}" if high < 200 * low else ""  # more would touch each other
 
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    axes.xaxis.set_minor_formatter(FuncFormatter(between))
+    axes.tick_params(axis="x", which="minor", pad=5)  # shorter ticks, and words on one line
 
 
 def grams(axis: Any) -> None:

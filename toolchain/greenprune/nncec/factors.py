@@ -78,14 +78,21 @@ _WORLD = (
 WORLD = _factor("world", _WORLD)
 
 
-def user_supplied(g_per_kwh: float) -> Factor:
-    """A factor that the user gives; 445 is the world's, and comes with its interval.
+def of_recipe(g_per_kwh: float) -> Factor:
+    """A recipe's factor: 445, its default, is the world's with its interval.
 
     Raises:
         MeasurementError: it is not above zero, or above any grid's.
     """
-    if g_per_kwh == WORLD.value:
-        return WORLD
+    return WORLD if g_per_kwh == WORLD.value else user_supplied(g_per_kwh)
+
+
+def user_supplied(g_per_kwh: float) -> Factor:
+    """A factor that the user gives.
+
+    Raises:
+        MeasurementError: it is not above zero, or above any grid's.
+    """
     if not 0 < g_per_kwh <= HIGHEST_G_PER_KWH:
         raise MeasurementError(
             f"carbon intensity {g_per_kwh:g}: expected gCO2e for each kWh, above 0 and at most "

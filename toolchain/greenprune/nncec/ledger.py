@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from greenprune import schema, storage
 from greenprune.bundle import Provenance
 from greenprune.errors import RunError
 from greenprune.meters.energy import Energy
-from greenprune.nncec.factors import user_supplied
+from greenprune.nncec.factors import of_recipe
 
 JOULES_PER_KWH = 3.6e6
 REPAIR = (
     "the ledger was changed by hand or damaged: put a copy of it back, or delete that line and "
-    "`greenprune run` with the same recipe and --name enters finished stages again"
+    "`greenprune run` with the same recipe and --name enters finished stages again (a line of an "
+    "interrupted or replaced execution is lost)"
 )
 
 
@@ -70,6 +72,8 @@ class Row:
     pue: float
     source: str
     """Of the intensity."""
+    note: str = ""
+    """Why nothing was measured, where that is known."""
 
 
 def stage_row(
@@ -80,11 +84,12 @@ def stage_row(
     energy: Energy | dict[str, Any] | None,
     intensity_g_per_kwh: float,
     pue: float,
+    note: str = "",
 ) -> Row:
     """The row of one stage; ``energy`` is the record or the plain data that it was encoded to."""
     if isinstance(energy, dict):
         energy = schema.decode(energy, Energy, f"stage '{stage}'", RunError)
-    factor = user_supplied(intensity_g_per_kwh)
+    factor = of_recipe(intensity_g_per_kwh)
     intensity = Quantity(value=factor.value, low=factor.low, high=factor.high)
     joules = kwh = kgco2e = None
     if energy is not None:
@@ -104,6 +109,7 @@ def stage_row(
         intensity_g_per_kwh=intensity,
         pue=pue,
         source=factor.source,
+        note=note,
     )
 
 
@@ -116,20 +122,36 @@ def append(path: Path, row: Row) -> None:
     line = json.dumps(schema.encode(row), allow_nan=False, ensure_ascii=False) + "\n"
     with storage.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_torn_row(path)
+        unended = _remove_torn_row(path)
         with path.open("ab") as file:
-            file.write(line.encode())
+            file.write(b"\n" * unended + line.encode())
             file.flush()
             os.fsync(file.fileno())
 
 
-def _remove_torn_row(path: Path) -> None:
-    """A writer that was killed, or a full disk, leaves a last row without its line's end."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        storage.write_bytes(path, content[: content.rfind(b"\n") + 1])
+def _remove_torn_row(path: Path) -> bool:
+    """A writer that was killed, or a full disk, leaves a part of the last row; it is removed.
+
+    Returns:
+        Whether the last row is whole and lacks its line's end alone.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    tail = content[content.rfind(b"\n") + 1 :]
+    if tail and _is_torn(tail):
+        storage.write_bytes(path, content[: len(content) - len(tail)])
+        return False
+    return bool(tail)
+
+
+def _is_torn(tail: bytes) -> bool:
+    """No part of a row is JSON by itself."""
+    try:
+        json.loads(tail)
+    except RecursionError:
+        return False  # nothing that a row is cut down to
+    except ValueError:
+        return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,26 +166,60 @@ class Content:
 def scan(path: Path) -> Content:
     """Every row that can be read; a damaged line is named and the others are kept.
 
-    A file that is not there yet has none. What follows the last line's end is a row that a killed
-    writer did not finish, and is no damage.
+    A file that is not there yet has none. A part of a row after the last line's end is what a
+    killed writer left, and no damage.
     """
     if not path.is_file():
         return Content(rows=(), unreadable=())
-    rows, unreadable = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    *lines, tail = path.read_bytes().split(b"\n")
+    if tail and not _is_torn(tail):
+        lines.append(tail)
+    rows: list[Row] = []
+    unreadable: list[str] = []
+    entered: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
-            row = schema.decode(json.loads(line), Row, where, RunError)
-            _check(row, where)
+            row = _parse(line, where)
+            if entered.setdefault(row.identity, row) != row:
+                raise RunError(
+                    f"{where}: identity: expected one of its own, got '{row.identity}', which an "
+                    "earlier line has with other figures"
+                )
             rows.append(row)
-        except ValueError as error:
-            unreadable.append(f"{where}: expected a row as JSON: {error}")
         except RunError as error:
             unreadable.append(str(error))
     return Content(rows=tuple(rows), unreadable=tuple(unreadable))
 
 
+def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Every execution once, where a line was copied."""
+    return tuple({row.identity: row for row in rows}.values())
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        row = schema.decode(json.loads(line), Row, where, RunError)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where}: expected a row as JSON: {error}") from error
+    _check(row, where)
+    return row
+
+
 def _check(row: Row, where: str) -> None:
+    if not 0 <= row.seconds < math.inf:
+        raise RunError(f"{where}: seconds: expected 0 or more, got {row.seconds}")
+    if not 1 <= row.pue < math.inf:
+        raise RunError(f"{where}: pue: expected 1.0 or more, got {row.pue}")
+    measured = {
+        name: getattr(row, name) is not None for name in ("joules", "kwh", "kgco2e", "provenance")
+    }
+    if len(set(measured.values())) > 1:
+        null = ", ".join(name for name, found in measured.items() if not found)
+        raise RunError(
+            f"{where}: expected joules, kwh, kgco2e and provenance together or all null; "
+            f"null are: {null}"
+        )
     for name in ("joules", "kwh", "kgco2e", "intensity_g_per_kwh"):
         found: Quantity | None = getattr(row, name)
         if found is not None and not 0 <= found.low <= found.value <= found.high < math.inf:

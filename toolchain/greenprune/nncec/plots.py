@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from greenprune.harness.results import Candidate, Results
+from greenprune.harness.summary import energies_mj
 from greenprune.meters.energy import label, weakest
 from greenprune.nncec.drawing import (
     COLOURS,
@@ -157,8 +158,7 @@ def latency_distributions(results: Results) -> Plot:
         styles: dict[str, str] = {}
         for candidate in results.candidates:
             style = styles.setdefault(candidate.runtime, LINES[len(styles) % len(LINES)])
-            quantiles = np.sort(_quantiles_ms(candidate))
-            share = np.linspace(0, 100, len(quantiles))
+            quantiles, share = latency_share(candidate)
             colour = COLOURS[candidate.variant]
             name = candidate.variant if candidate.runtime == next(iter(styles)) else None
             axes.plot(quantiles, share, linestyle=style, color=colour, linewidth=1.8, label=name)
@@ -179,9 +179,21 @@ def latency_distributions(results: Results) -> Plot:
     )
 
 
-def _quantiles_ms(candidate: Candidate) -> np.ndarray[Any, np.dtype[np.float64]]:
-    windows = [window.latency.quantiles_ns for window in candidate.windows]
-    return np.asarray(windows, dtype=np.float64).ravel() / 1e6
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def latency_share(candidate: Candidate) -> tuple[Numbers, Numbers]:
+    """Latencies in ms, rising, and the percentage of inferences that are at least so fast.
+
+    Each window's quantiles stand for its inferences, so that a window counts by their number.
+    """
+    found = [
+        (quantile / 1e6, window.inferences / len(window.latency.quantiles_ns))
+        for window in candidate.windows
+        for quantile in window.latency.quantiles_ns
+    ]
+    latencies, weights = np.array(sorted(found), dtype=np.float64).T
+    return latencies, 100 * np.cumsum(weights) / weights.sum()
 
 
 def energy_windows(results: Results) -> Plot | None:
@@ -190,27 +202,29 @@ def energy_windows(results: Results) -> Plot | None:
     if not known:
         return None
     places = np.arange(len(known))[::-1]
+    spent = [energies_mj(found.windows) for found in known]
+    shown = [value for found in spent for value in found]
+    apart = max(shown) > WIDE * min(shown) > 0
 
     def paint(axes: Any) -> None:
         idle = [_idle_mj(found) for found in known]
         if any(part is not None for part in idle):
             widths = [part or 0.0 for part in idle]
             axes.barh(places, widths, height=0.6, color=INK, alpha=0.22, label="of it idle")
-        for place, found in zip(places, known, strict=True):
-            spent = [
-                1e3 * window.energy.value / window.inferences
-                for window in found.windows
-                if window.energy is not None
-            ]
+        for place, found, values in zip(places, known, spent, strict=True):
             colour = COLOURS[found.variant]
-            axes.plot(spent, [place] * len(spent), "o", color=colour, alpha=0.6, markersize=5)
+            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=5)
             assert found.energy_mj is not None
             middle = found.energy_mj.value
             axes.plot([middle, middle], [place - 0.35, place + 0.35], color=colour, linewidth=2)
         axes.plot([], [], "o", color=INK, alpha=0.6, label="a window")
         axes.plot([], [], "|", color=INK, markersize=11, label="median")
         axes.set_yticks(places, [found.name for found in known])
-        axes.set_xlim(left=0)
+        if apart:
+            logarithmic(axes)
+            axes.set_xlim(left=0.5 * min([*shown, *(part for part in idle if part)]))
+        else:
+            axes.set_xlim(left=0)
         axes.set_xlabel(f"mJ an inference{_estimate(results)}")
         legend_below(axes)
 

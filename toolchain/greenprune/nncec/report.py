@@ -9,19 +9,12 @@ from typing import Any
 from greenprune import storage
 from greenprune._version import __version__
 from greenprune.errors import MissingPackageError, StorageError
-from greenprune.harness.results import Results
+from greenprune.harness.results import Candidate, Results
 from greenprune.harness.table import energy, number, ratio, share
 from greenprune.meters.energy import label
-from greenprune.nncec import account_plots, plots
+from greenprune.nncec import account_plots, plots, words
 from greenprune.nncec.account import Account
 from greenprune.nncec.drawing import Plot
-from greenprune.nncec.words import (
-    break_evens,
-    describe_fleet,
-    describe_intensity,
-    quantity,
-    rounded,
-)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -77,21 +70,34 @@ def _render(template: str, content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals.update(
+        life_carbon=words.life_carbon,
+        saved_carbon=words.saved_carbon,
+        stage_joules=words.stage_joules,
+        stage_carbon=words.stage_carbon,
+        provenance=words.provenance,
+    )
     environment.filters.update(
         number=number,
-        ratio=ratio,
-        energy=energy,
+        ratio=lambda found: _unbroken(ratio(found)),
+        energy=lambda found: _unbroken(energy(found)),
         share=share,
         label=label,
-        quantity=quantity,
-        rounded=rounded,
-        break_evens=break_evens,
+        micrograms=words.micrograms,
+        grams=words.exact_grams,
+        spent=words.spent,
+        break_evens=words.break_evens,
         plain=_plain,
-        fleet=describe_fleet,
-        intensity=describe_intensity,
+        fleet=words.describe_fleet,
+        intensity=words.describe_intensity,
         md=_markdown,
     )
     return environment.get_template(template).render(**content)
+
+
+def _unbroken(text: str) -> str:
+    """A line may end before an interval, not within it."""
+    return text.replace(", ", f",{words.NBSP}")
 
 
 def _markdown(text: object) -> str:
@@ -122,18 +128,31 @@ def headline(run_summary: dict[str, Any], results: Results | None) -> str:
     accuracy += f"{points:+.1f} points against the dense network"
     if results is None:
         return f"{accuracy}; nothing was measured."
-    pair = next(c for c in results.candidates if c.variant == "pair")
-    if not pair.speedup.excludes(1.0):
+    pair = _pair(run_summary, results)
+    if pair is None:
+        return f"{accuracy}; the pair was not measured."
+    if not pair.speedup.shows_difference:
         speed = f"shows no clear difference in speed on {pair.runtime}"
+        speed += " (too few windows)" if pair.speedup.excludes(1.0) else ""
     else:
         speed = f"runs at {pair.speedup.value:.2f} times the dense network's speed"
         speed += f" [{pair.speedup.low:.2f}, {pair.speedup.high:.2f}] on {pair.runtime}"
     sentence = f"{accuracy}, and {speed}"
     if pair.energy_ratio is not None and pair.energy_mj is not None:
-        sentence += (
-            f", at {pair.energy_ratio.value:.0%} of its energy ({label(pair.energy_mj.provenance)})"
-        )
+        told = "with no clear difference in energy"
+        if pair.energy_ratio.shows_difference:
+            told = f"at {pair.energy_ratio.value:.0%} of its energy"
+        elif pair.energy_ratio.excludes(1.0):
+            told += " (too few windows)"
+        sentence += f", {told} ({label(pair.energy_mj.provenance)})"
     return f"{sentence}; preset {results.preset}."
+
+
+def _pair(run_summary: dict[str, Any], results: Results) -> Candidate | None:
+    """The pair on the run's default runtime, or on the first that has it."""
+    pairs = {c.runtime: c for c in results.candidates if c.variant == "pair"}
+    default = str((run_summary.get("dial") or {}).get("runtime"))
+    return pairs.get(default) or next(iter(pairs.values()), None)
 
 
 def caveats(
@@ -154,6 +173,11 @@ def caveats(
         found.append(
             "Not measured, so that the totals of the account are lower bounds: "
             f"{', '.join(account.unmeasured_stages)}."
+        )
+    if account.variants:
+        found.append(
+            "Lives, savings and break-even count a pruned network's inference as its energy ratio "
+            "to dense, paired by block, times dense's; the column of energies is not paired."
         )
     found += [f"The ledger is damaged: {fault}" for fault in account.unreadable]
     if account.embodied_kgco2e is None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 from rich.console import Console
 from rich.table import Table
 
 from greenprune.harness.table import energy
-from greenprune.meters.energy import label
-from greenprune.nncec.account import Account
+from greenprune.meters.energy import label, weakest
+from greenprune.nncec.account import Account, StageTotal, understated
 from greenprune.nncec.factors import Factor
-from greenprune.nncec.ledger import REPAIR, Quantity
+from greenprune.nncec.ledger import JOULES_PER_KWH, REPAIR, Quantity
 from greenprune.nncec.life import Fleet
+
+NBSP = "\u00a0"
+UNITS = {
+    "J": {"µJ": 1e-6, "mJ": 1e-3, "J": 1.0, "kJ": 1e3, "MJ": 1e6, "GJ": 1e9},
+    "Wh": {"µWh": 1e-6, "mWh": 1e-3, "Wh": 1.0, "kWh": 1e3, "MWh": 1e6, "GWh": 1e9},
+    "g": {"ng": 1e-9, "µg": 1e-6, "mg": 1e-3, "g": 1.0, "kg": 1e3, "t": 1e6},
+}
+"""Smallest first."""
 
 
 def quantity(found: Quantity | None, digits: int = 3) -> str:
@@ -21,23 +30,108 @@ def quantity(found: Quantity | None, digits: int = 3) -> str:
         return "not measured"
     value, low, high = (rounded(end, digits) for end in (found.value, found.low, found.high))
     # a line may end before an interval, not within it
-    return value if low == high else f"{value} [{low},\u00a0{high}]"
+    return value if low == high else f"{value} [{low},{NBSP}{high}]"
 
 
 def rounded(value: float, digits: int = 3) -> str:
-    """Significant digits; whole numbers without an exponent as far as people read them."""
-    if 1e3 <= abs(value) < 1e9:
-        return f"{float(f'{value:.{digits}g}'):,.0f}"
-    return f"{value:.{digits}g}"
+    """Significant digits, never an exponent; thousands are kept apart by commas."""
+    near = float(f"{value:.{digits}g}")
+    if near == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(near))))
+    text = f"{near:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
+
+
+def joules(found: Quantity | None) -> str:
+    """Joules, in the unit that suits them."""
+    return _in_unit(found, "J", 1.0)
+
+
+def watt_hours(found: Quantity | None) -> str:
+    """kWh, in the unit that suits them."""
+    return _in_unit(found, "Wh", 1e3)
+
+
+def grams(found: Quantity | None) -> str:
+    """kgCO2e, in µg to tonnes."""
+    return _in_unit(found, "g", 1e3)
+
+
+def micrograms(found: Quantity | None) -> str:
+    """µgCO2e, in µg to tonnes."""
+    return _in_unit(found, "g", 1e-6)
+
+
+def _in_unit(found: Quantity | None, base: str, scale: float) -> str:
+    """``found`` x ``scale`` in the largest unit that leaves a whole number before the point."""
+    if found is None:
+        return "not measured"
+    found = found.scaled(scale)
+    size = abs(found.value) or max(abs(found.low), abs(found.high))
+    units = UNITS[base]
+    smallest = next(iter(units))
+    unit = max((u for u in units if units[u] <= size), key=units.__getitem__, default=smallest)
+    if size == 0:
+        unit = base
+    return f"{quantity(found.scaled(1 / units[unit]))}{NBSP}{unit}"
+
+
+def _at_least(text: str, understates: bool) -> str:
+    return f"at least {text}" if understates and text != "not measured" else text
 
 
 def _after(count: Quantity, account: Account) -> str:
     """Inferences, and days of the fleet."""
-    told = f"{quantity(count)} inferences"
+    told = _at_least(f"{quantity(count)} inferences", "pruning" in understated(account))
     if account.fleet is None:
         return told
     days = count.scaled(1 / (account.fleet.per_day * account.fleet.devices))
     return f"{told} ({quantity(days, 2)} days)"
+
+
+def spent(account: Account) -> str:
+    """What the ledger adds up to: electricity and carbon."""
+    if account.total_kwh is None:
+        return "not measured"
+    told = f"{watt_hours(account.total_kwh)} and {grams(account.total_kgco2e)} of CO2e"
+    return _at_least(told, bool(understated(account)))
+
+
+def life_carbon(account: Account, name: str) -> str:
+    """A variant's whole life."""
+    low = understated(account) & ({"training"} if name == "dense" else {"training", "pruning"})
+    return _at_least(grams(account.variants[name].life_kgco2e), bool(low))
+
+
+def saved_carbon(account: Account, name: str) -> str:
+    """What a pruned variant saves against dense; empty for dense."""
+    if name == "dense":
+        return ""
+    saved = account.variants[name].saved_kgco2e
+    if saved is None:
+        return "not known"
+    return f"at most {grams(saved)}" if "pruning" in understated(account) else grams(saved)
+
+
+def stage_joules(account: Account, total: StageTotal) -> str:
+    """A stage's joules."""
+    return _at_least(joules(total.joules), total.stage in account.incomplete_stages)
+
+
+def stage_carbon(account: Account, total: StageTotal) -> str:
+    """A stage's carbon."""
+    return _at_least(grams(total.kgco2e), total.stage in account.incomplete_stages)
+
+
+def provenance(total: StageTotal) -> str:
+    """Where a stage's joules come from, or why there are none."""
+    return f"{label(total.provenance)}: {total.note}" if total.note else label(total.provenance)
+
+
+def exact_grams(kgco2e: float) -> str:
+    """kgCO2e without an interval."""
+    return grams(Quantity(value=kgco2e, low=kgco2e, high=kgco2e))
 
 
 def describe_intensity(factor: Factor) -> str:
@@ -55,33 +149,33 @@ def describe_fleet(account: Account) -> str:
         return total
     devices = "1 device" if fleet.devices == 1 else f"{fleet.devices:,} devices"
     years = "1 year" if fleet.years == 1 else f"{fleet.years:g} years"
-    return f"{total}: {fleet.per_day:,g} a day over {years} on {devices}"
+    return f"{total}: {rounded(fleet.per_day)} a day over {years} on {devices}"
 
 
 def stages_table(account: Account) -> Table:
     """A row for each stage of the ledger, and the total."""
     table = Table(title="Spent so far: the ledger", title_justify="left")
     table.add_column("stage")
-    for heading in ("seconds", "joules", "kgCO2e"):
+    for heading in ("seconds", "energy", "CO2e"):
         table.add_column(heading, justify="right")
     table.add_column("provenance")
     for total in account.stages:
         table.add_row(
             total.stage,
             f"{total.seconds:.1f}",
-            quantity(total.joules),
-            quantity(total.kgco2e),
-            label(total.provenance),
+            stage_joules(account, total),
+            stage_carbon(account, total),
+            provenance(total),
         )
     table.add_section()
     seconds = sum(total.seconds for total in account.stages)
-    joules = account.training_joules.plus(account.pruning_joules).plus(account.observing_joules)
+    kwh, short = account.total_kwh, bool(understated(account))
     table.add_row(
         "all",
         f"{seconds:.1f}",
-        quantity(joules),
-        quantity(account.total_kgco2e),
-        label(account.provenance),
+        _at_least(joules(None if kwh is None else kwh.scaled(JOULES_PER_KWH)), short),
+        _at_least(grams(account.total_kgco2e), short),
+        label(weakest(t.provenance for t in account.stages if t.provenance is not None)),
     )
     return table
 
@@ -90,22 +184,16 @@ def life_table(account: Account) -> Table:
     """A row for each variant: an inference and the whole life."""
     table = Table(title=f"The life: {describe_fleet(account)}", title_justify="left")
     table.add_column(f"on {account.runtime}")
-    for heading in (
-        "mJ each",
-        "µgCO2e each",
-        "SCI, µgCO2e each",
-        "life, kgCO2e",
-        "saved, kgCO2e",
-    ):
+    for heading in ("mJ each", "CO2e each", "SCI, CO2e each", "life, CO2e", "saved, CO2e"):
         table.add_column(heading, justify="right")
     for name, found in account.variants.items():
         table.add_row(
             name,
             energy(found.energy_mj),
-            quantity(found.ugco2e),
-            quantity(found.sci_ugco2e),
-            quantity(found.life_kgco2e),
-            "" if name == "dense" else quantity(found.saved_kgco2e),
+            micrograms(found.ugco2e),
+            micrograms(found.sci_ugco2e),
+            life_carbon(account, name),
+            saved_carbon(account, name),
         )
     return table
 
@@ -135,7 +223,7 @@ def footnotes(account: Account) -> list[str]:
         embodied = (
             f"{account.embodied.device_kgco2e:g} kgCO2e a device that lasts "
             f"{account.embodied.lifetime_years:g} years; "
-            f"{rounded(account.embodied_kgco2e or 0)} kgCO2e for the fleet"
+            f"{exact_grams(account.embodied_kgco2e or 0)} of CO2e for the fleet"
         )
     found = [
         f"host: {describe_intensity(account.intensity)}, PUE {account.pue:g}; "
@@ -143,14 +231,21 @@ def footnotes(account: Account) -> list[str]:
         f"device: {describe_intensity(account.device_intensity)}; "
         f"source: {account.device_intensity.source}",
         f"embodied carbon: {embodied}",
-        f"joules: {label(account.provenance)} (the weakest of all parts)"
+        f"joules: {label(account.provenance)} (the weakest label of all joules)"
         + (f", preset {account.preset}" if account.preset else ""),
+        "lives, savings and break-even count a pruned network's inference as its energy ratio to "
+        "dense, paired by block, times dense's",
         f"equations: {account.equations}",
     ]
     if account.valid is False:
         found.append("the measurement of the inferences is NOT VALID; the report says why")
     if account.unmeasured_stages:
         found.append(f"totals are lower bounds without: {', '.join(account.unmeasured_stages)}")
+    if account.incomplete_stages:
+        found.append(
+            f"killed and resumed: {', '.join(account.incomplete_stages)}; what these spent before "
+            "may not be counted, so that their joules are lower bounds"
+        )
     return found
 
 
