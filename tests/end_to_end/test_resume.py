@@ -26,7 +26,12 @@ class Running:
 
     def __init__(self, line: dict[str, Any]) -> None:
         self.process = subprocess.Popen(
-            **line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            **line,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            # a shell's background job ignores interrupts, and so would whatever the tests start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.said: list[str] = []
 

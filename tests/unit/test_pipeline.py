@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -386,29 +385,6 @@ def test_a_kill_inside_a_stage_reruns_that_stage_alone(job: Job) -> None:
     execute(job, stages)
 
     assert calls == ["first", "aside", "second", "third"]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_got_lost_inside_a_stage_stops_the_run(job: Job) -> None:
-    calls: Calls = []
-    stages = chain(calls)
-
-    class Dropped:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)  # what is raised in a finaliser is dropped
-
-    def dropping(work: Work) -> dict[str, Any]:
-        Dropped()
-        return stages[2].function(work)
-
-    with pytest.raises(KeyboardInterrupt):
-        execute(job, [*stages[:2], replace(stages[2], function=dropping), stages[3]])
-    assert not job.place("second").exists()
-    assert entered(job) == ["first", "aside", "second-stopped"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-    execute(job, stages)
-    assert calls == ["first", "aside", "second", "second", "third"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"inputs_sha256": null}'])

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -166,52 +162,18 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
         if not finished:
             write_run(job)
         hashes = {name: _inputs_of(job, name) for name in finished}
-        with _interrupts_heeded() as check:
-            for number, stage in enumerate(stages, start=1):
-                hashes[stage.name] = _inputs_hash(job, stage, hashes)
-                title = f"[{number}/{len(stages)}] {stage.name}"
-                complete = _is_complete(job, stage, hashes[stage.name])
-                if stage.trains:
-                    processes.agree(complete)
-                if complete:
-                    say(f"{title}: complete")
-                else:
-                    _run_stage(job, stage, hashes, title, check)
+        for number, stage in enumerate(stages, start=1):
+            hashes[stage.name] = _inputs_hash(job, stage, hashes)
+            title = f"[{number}/{len(stages)}] {stage.name}"
+            complete = _is_complete(job, stage, hashes[stage.name])
+            if stage.trains:
+                processes.agree(complete)
+            if complete:
+                say(f"{title}: complete")
+            else:
+                _run_stage(job, stage, hashes, title)
     finally:
         lock.release()
-
-
-@contextmanager
-def _interrupts_heeded() -> Iterator[Callable[[], None]]:
-    """Inside, a function that raises KeyboardInterrupt where one came and got lost.
-
-    Python drops what is raised in a finaliser or in a callback of a library, an interrupt too: the
-    run would go on as if nobody had asked it to stop. A handler that is not Python's own is left
-    alone.
-    """
-    own = signal.default_int_handler
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not own
-    ):
-        yield lambda: None
-        return
-    came = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        own(number, frame)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, own)
 
 
 def _assist(job: Job, stages: Sequence[Stage]) -> None:
@@ -263,9 +225,7 @@ def _is_complete(job: Job, stage: Stage, inputs_sha256: str) -> bool:
     return True
 
 
-def _run_stage(
-    job: Job, stage: Stage, hashes: dict[str, str], title: str, check: Callable[[], None]
-) -> None:
+def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> None:
     say(f"{title} …")
     inputs_sha256 = hashes[stage.name]
     checkpoint = job.checkpoint(stage.name, inputs_sha256)
@@ -283,7 +243,6 @@ def _run_stage(
         work = Work(job=job, folder=folder, checkpoint=checkpoint)
         try:
             _measured(job, content, lambda: stage.function(work))
-            check()
         except BaseException:
             _enter_in_ledger(job, content, f"{stage.name}-stopped")
             raise
