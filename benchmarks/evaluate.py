@@ -3,9 +3,9 @@
     python benchmarks/evaluate.py NAME --data DIR [--json]
 
 NAME is a folder of ``benchmarks/artifacts``; DIR holds the test images as ``test/<class>/*.png``
-(and ``train/<class>/*.png``, which the loader wants to see too). For the networks on MNIST add
-``--recipe crnn-mnist``; DIR is then the folder that holds ``MNIST/raw``. Of a bundle, the whole
-table of its dial is made again (``pip install 'greenprune[eyeriss]'`` for the energy).
+(and ``train/<class>/*.png``, which the loader wants to see too), or, for the networks on MNIST, it
+is the folder that holds ``MNIST/raw``. Of a bundle, the whole table of its dial is made again
+(``pip install 'greenprune[eyeriss]'`` for the energy).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="a folder of benchmarks/artifacts")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--recipe", default="resnet56-cifar10", help="whose preprocessing to use")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
@@ -50,8 +49,7 @@ def bundle_again(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def network_again(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Accuracy on all test images, and cost."""
     network, described = record.load_network(place)
-    size = list(described.input_shape[1:])
-    recipe = recipe_of(arguments, f"data.size={size}")
+    recipe = recipe_of(arguments.data, list(described.input_shape[1:]))
     loaded = data.load(recipe.data, recipe.seed)
     parts = [loaded.test]
     if recipe.data.held_out_from == "test":
@@ -70,8 +68,10 @@ def network_again(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def recipe_of(arguments: argparse.Namespace, *overrides: str) -> Recipe:
-    return load(arguments.recipe, [f'data.path="{arguments.data.resolve()}"', *overrides])
+def recipe_of(place: Path, size: list[int]) -> Recipe:
+    """A built-in recipe, for its preprocessing."""
+    name = "crnn-mnist" if (place / "MNIST").is_dir() else "resnet56-cifar10"
+    return load(name, [f'data.path="{place.resolve()}"', f"data.size={size}"])
 
 
 if __name__ == "__main__":
