@@ -121,17 +121,15 @@ def ours(
 ) -> dict[str, Callable[[], float]]:
     clients = protocol.start_workers(stack, [("dense", runtime) for runtime in artifacts])
     for (_, runtime), client in clients.items():
-        client.ask(
-            "load",
-            600.0,
-            target="x86",
-            artifact=str(artifacts[runtime]),
-            inputs=str(inputs),
-            runtime=runtime,
-            threads=threads,
-            meter="none",
-            preset=schema.encode(PRESET),
-        )
+        request = {
+            "target": "x86",
+            "artifact": str(artifacts[runtime]),
+            "inputs": str(inputs),
+            "runtime": runtime,
+            "threads": threads,
+            "meter": "none",
+        }
+        protocol.load_candidate(client, PRESET, request)
 
     def window(client: Client) -> Callable[[], float]:
         return lambda: float(client.ask("window", 600.0)["latency"]["p50_ns"]) / 1e6

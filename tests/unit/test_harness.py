@@ -455,7 +455,7 @@ def test_worker_refuses_and_its_death_is_told() -> None:
         with pytest.raises(WorkerError, match="'window' before 'open'") as caught:
             client.ask("window", 60)
         assert caught.value.kind == "MeasurementError"
-        client.send("load")  # no arguments: the worker breaks
+        client.send("open")  # no arguments: the worker breaks
         with pytest.raises(MeasurementError, match=r"dense on nothing.*KeyError"):
             client.receive(60)
     finally:

@@ -93,7 +93,7 @@ def _machine_notes(before: Environment, after: Environment) -> Iterator[str]:
     if before["virtual_machine"]:
         yield "a virtual machine: other guests share the processor"
     if before["container"]:
-        yield "in a container: its limits are not seen here"
+        yield "in a container: what runs beside it may not be seen"
     if before["governor"] not in (None, "performance"):
         yield f"frequency governor is '{before['governor']}', not 'performance'"
     if before["load_average"][0] > BUSY_LOAD_SHARE * before["usable_cores"]:

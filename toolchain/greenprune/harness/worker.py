@@ -1,8 +1,8 @@
 """One candidate in a process of its own, which :mod:`greenprune.harness.client` starts.
 
 Requests and answers are JSON, a line each, on stdin and stdout. A request is ``{"command": ...}``:
-``open``, ``load`` (which opens, too, if that was not asked for), ``idle``, ``window``; the end of
-stdin closes the worker. An answer is ``{"answer": ...}`` or ``{"error": text, "kind": name of the
+``open``, which comes first and once, ``load``, ``idle``, ``window``; the end of stdin closes the
+worker. An answer is ``{"answer": ...}`` or ``{"error": text, "kind": name of the
 exception}``. Whatever else writes to stdout is sent to stderr.
 """
 
@@ -225,10 +225,10 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
         try:
             if command not in ("open", "load", "idle", "window"):
                 raise MeasurementError(f"unknown command '{command}'")
-            if worker is None and command in ("open", "load"):
+            if command == "open":
                 worker = Worker(request)
             if worker is None:
-                raise MeasurementError(f"'{command}' before 'open' or 'load'")
+                raise MeasurementError(f"'{command}' before 'open'")
             reply: dict[str, Any] = {"answer": getattr(worker, command)()}
         except GreenpruneError as error:
             reply = {"error": str(error), "kind": type(error).__name__}
@@ -242,7 +242,3 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         serve(sys.stdin, answers)
-
-
-if __name__ == "__main__":
-    main()

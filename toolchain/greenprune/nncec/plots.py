@@ -228,9 +228,11 @@ def energy_windows(results: Results) -> Plot | None:
         axes.set_xlabel(f"mJ an inference{_estimate(results)}")
         legend_below(axes)
 
-    note = f"Preset {results.preset}. Gross: what the machine takes when it idles is in it."
+    note = f"Preset {results.preset}. "
     if all(_idle_mj(found) is None for found in known):
-        note += " The idle baseline was not measured."
+        note += "The idle baseline was not measured."
+    else:
+        note += "Gross: what the machine takes when it idles is in it."
     return Plot(
         caption=f"Energy of every window{_estimate(results)}",
         svg=draw(
