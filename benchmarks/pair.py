@@ -1,6 +1,6 @@
 """The pair on CIFAR-10: ResNet-56, a mild and an aggressive network, and the dial between them.
 
-    python benchmarks/pair.py --data=DIR --weights=resnet56.th [--preset standard]
+    python benchmarks/pair.py --data=DIR --weights=resnet56.th
 
 The built-in recipe with a longer schedule: mild at half of the MACs, aggressive at an eighth, both
 distilled for 15 and 40 epochs. The table is made by ``dial.py`` from the bundle, which is kept:
@@ -23,10 +23,15 @@ import matplotlib.pyplot as plt
 from common import ARTIFACTS, HERE, keep_network, write_result
 
 from greenprune import api, bundle, schema
-from greenprune.harness import bench
+from greenprune.harness import protocol
+from greenprune.harness.presets import find_preset
 
 NAME = "resnet56_pair"
 RUNTIME = "onnxruntime"
+SEED = 0
+PRESET = dataclasses.replace(
+    find_preset("standard"), name="standard, short windows", window_seconds=2.0, idle_seconds=0.0
+)
 OVERRIDES = (
     "sparsify.epochs=0",
     "prune.keep_at_least=0.1",
@@ -52,7 +57,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--preset", default="standard")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     arguments = parser.parse_args()
 
@@ -68,38 +72,43 @@ def main() -> None:
     keep_network(Path(summary["bundle"]), NAME)
     figures = dial.table(ARTIFACTS / NAME, job.data)
     figures["selector_reason"] = summary["selector"]
-    figures["milliseconds"] = measure(ARTIFACTS / NAME, figures, arguments.preset)
+    figures["milliseconds"] = measure(ARTIFACTS / NAME, figures)
     draw(figures, HERE.parent / "docs" / "pair.svg")
     seconds = time.monotonic() - begin
     print(write_result("pair", seed=job.recipe.seed, seconds=seconds, figures=figures))
 
 
-def measure(path: Path, figures: dict[str, Any], preset: str) -> list[dict[str, Any]]:
-    """Mean latency of the networks alone and of the pair at every certified threshold."""
-    rows = []
-    thresholds = {row["threshold"] for row in figures["dial"] if row["certified"]}
-    for threshold in sorted(thresholds - {None}, reverse=True):
-        with tempfile.TemporaryDirectory() as scratch:
-            place = Path(shutil.copytree(path, Path(scratch) / NAME))
+def measure(path: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """Latency of the networks alone and of the pair at every certified threshold, all in the same
+    blocks, each in a process of its own, batch 1, over held-out images."""
+    certified = {row["threshold"] for row in figures["dial"] if row["certified"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        requests = {("", variant, RUNTIME): {"bundle": str(path)} for variant in bundle.VARIANTS}
+        for threshold in sorted(certified - {None}, reverse=True):
+            place = Path(shutil.copytree(path, Path(scratch) / str(threshold)))
             record = bundle.open_bundle(place).manifest.selector
             turned = dataclasses.replace(record, threshold=threshold)
             bundle.update_manifest(place, {"selector": turned})
-            results = bench(place, preset=preset, runtimes=[RUNTIME])
-        rows.append(
+            requests[str(threshold), "pair", RUNTIME] = {"bundle": str(place)}
+        with protocol.one_at_a_time():
+            settings = protocol.settle_settings(PRESET, "none", 0, SEED, None)
+            measured = protocol.run_protocol(requests, settings)
+    opened = bundle.open_bundle(path)
+    results = protocol.make_results(opened, list(requests), measured, settings)
+    return {
+        "threads": settings.threads,
+        "verdict": schema.encode(results.verdict),
+        "candidates": [
             {
-                "threshold": threshold,
-                "verdict": schema.encode(results.verdict),
-                "candidates": {
-                    found.variant: {
-                        "mean_ms": schema.encode(found.latency_ms["mean"]),
-                        "speedup": schema.encode(found.speedup),
-                        "accept_rate": found.accept_rate,
-                    }
-                    for found in results.candidates
-                },
+                "variant": found.variant,
+                "threshold": float(key[0]) if key[0] else None,
+                "mean_ms": schema.encode(found.latency_ms["mean"]),
+                "speedup": schema.encode(found.speedup),
+                "accept_rate": found.accept_rate,
             }
-        )
-    return rows
+            for key, found in zip(requests, results.candidates, strict=True)
+        ],
+    }
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
