@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from tables import read, table
+from typing import Any
+
+from common import RESULTS
+from tables import machine, read, table, validity
+
+NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def eyeriss() -> str:
@@ -34,3 +39,236 @@ def eyeriss() -> str:
         "`benchmarks/eyeriss.py`."
     )
     return "\n".join([table([*headings, "simulated"], rows), "", note])
+
+
+def pair() -> str:
+    """The networks alone, then every row of the dial."""
+    result = read("pair")
+    figures = result["figures"]
+    measured = {
+        (found["variant"], found["threshold"]): found["mean_ms"]
+        for found in figures["milliseconds"]["candidates"]
+    }
+    rows = [
+        [
+            f"{name} alone",
+            "",
+            "",
+            f"{found['accuracy']:.2%}",
+            "",
+            f"{found['energy']:.1%}",
+            _ms(measured[name, None]),
+        ]
+        for name, found in figures["networks"].items()
+    ]
+    for row in figures["dial"]:
+        promise = f"{100 * row['max_accuracy_loss']:.0f} pt below {row['reference']}"
+        if not row["certified"]:
+            rows.append([promise, "not certified", "", "", "", "", ""])
+            continue
+        rows.append(
+            [
+                promise,
+                "certified",
+                f"{row['accepts']:.1%}",
+                f"{row['accuracy']:.2%}",
+                f"{100 * row['loss']:+.2f} pt",
+                f"{row['energy']:.1%} ({row['energy_saved']:.1%} saved)",
+                _ms(measured["pair", row["threshold"]]),
+            ]
+        )
+    headings = ["at most", "95%", "accepts", "accuracy", "lost", "energy on Eyeriss", "mean ms"]
+    verdict = figures["milliseconds"]["verdict"]
+    note = (
+        f"Accuracies and accept rates on {figures['test_images']:,} images that nothing was chosen "
+        f"by; certificates on {figures['certification_images']:,} others. Energy is simulated, the "
+        f"dense network's is 100%, the selector's (`{figures['selector']}`) is in it; milliseconds "
+        f"are ONNX Runtime's, batch 1, {figures['milliseconds']['threads']} threads, on "
+        f"{machine(result)}{validity(verdict['valid'])}. `benchmarks/pair.py`."
+    )
+    return "\n".join([table(headings, rows), "", note])
+
+
+def _ms(interval: dict[str, Any]) -> str:
+    return f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+
+
+def session() -> str:
+    """What AdaptiveSession adds, for each bundle that it was measured with."""
+    rows, results = [], [read(path.stem) for path in sorted(RESULTS.glob("session_*.json"))]
+    for figures in (result["figures"] for result in results):
+        called, made, memory = (figures[key] for key in ("accepted_call", "creation", "memory"))
+        rows += [
+            [
+                f"`{figures['bundle']}`: a call, all accepted",
+                f"{called['session_us']:,.0f} us",
+                f"{called['bare_us']:,.0f} us bare",
+                f"1.03x + 20 us: {called['allowed_us']:,.0f} us",
+            ],
+            *(
+                [
+                    f"in turn on {NAMES.get(runtime, runtime)}: accepted, escalated",
+                    f"{found['accepted_over_alone']:.2f}x, {found['escalated_over_sum']:.2f}x",
+                    "the networks alone, at their fastest",
+                    f"{found['allowed']}x",
+                ]
+                for runtime, found in figures["in_turn"].items()
+            ),
+            [
+                "opening a session",
+                f"{made['later_session_ms']:.1f} ms",
+                f"{made['later_two_bare_ms']:.1f} ms, two bare sessions",
+                f"{made['allowed_ratio']}x",
+            ],
+            [
+                "importing the runtime",
+                f"{made['import_beyond_onnxruntime_ms']:.1f} ms",
+                "after onnxruntime",
+                f"{made['allowed_import_ms']} ms",
+            ],
+            [
+                f"resident memory over {memory['runs']:,} runs",
+                f"{memory['growth']:+.2%}",
+                "its first twentieth",
+                f"{memory['allowed']:.0%}",
+            ],
+            [
+                f"8 threads, {figures['threads']['runs']:,} runs",
+                f"{figures['threads']['different']} different",
+                "one thread's answers",
+                "none",
+            ],
+        ]
+    note = (
+        f"Medians, one process at a time, in alternating blocks, on {machine(results[0])}. "
+        "`benchmarks/session.py`."
+    )
+    return "\n".join([table(["", "session", "beside", "allowed"], rows), "", note])
+
+
+def x86_latency() -> str:
+    """Milliseconds, and how much of the MACs' reduction arrives."""
+    result = read("x86_latency")
+    figures = result["figures"]
+    rows = [
+        [
+            f"{name}, {runtime}",
+            _ms(found["latency_ms"]["dense"]),
+            _ms(found["latency_ms"]["half"]),
+            f"{found['speedup']['value']:.2f}x",
+            f"{found['speedup_over_mac_reduction']:.2f}",
+        ]
+        for name, network in figures["networks"].items()
+        for runtime, found in network["runtimes"].items()
+    ]
+    resnet = figures["networks"]["resnet56"]
+    accuracies = ", ".join(f"{key} {found:.2%}" for key, found in resnet["test_accuracy"].items())
+    best = min(
+        found["latency_ms"]["dense"]["value"]
+        for runtime, found in resnet["runtimes"].items()
+        if "int8" not in runtime
+    )
+    alone = resnet["arithmetic_ms"]["dense"]
+    note = (
+        f"Batch 1, {figures['threads']} threads, every candidate in a process of its own, in "
+        "alternating blocks; dense, and pruned by DRP to half of the MACs, widths on blocks of 8. "
+        "*Arrives* is the real speed-up over the MACs' reduction. Accuracy of dense ResNet-56 on "
+        f"10,000 test images: {accuracies}. Arithmetic alone ({figures['peak_gmacs']:.0f} GMAC/s, "
+        f"this processor's best matrix product) would take its {best:.2f} ms {alone:.2f} ms: "
+        f"{best / alone:.1f} times the limit. {machine(result)}. `benchmarks/x86_latency.py`."
+    )
+    headings = ["", "dense, ms", "pruned, ms", "real speed-up", "arrives"]
+    return "\n".join([table(headings, rows), "", note])
+
+
+def export_cost() -> str:
+    """Ours over the bare exporter."""
+    result = read("export_cost")
+    figures = result["figures"]
+    rows = [
+        [
+            NAMES[runtime],
+            f"{figures['seconds'][f'bare {runtime}']['value']:.2f}",
+            f"{figures['seconds'][f'our {runtime}']['value']:.2f}",
+            _ratio(found, 2),
+        ]
+        for runtime, found in figures["ratios"].items()
+    ]
+    note = (
+        f"ResNet-56: graph, compile, parity; {figures['goal']}x is allowed. On {machine(result)}. "
+        "`benchmarks/export_cost.py`."
+    )
+    return "\n".join([table(["", "bare, s", "ours, s", "ratio"], rows), "", note])
+
+
+def _ratio(found: dict[str, float], digits: int) -> str:
+    value, low, high = (f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def against_benchmark_app() -> str:
+    """Our median over theirs."""
+    result = read("against_benchmark_app")
+    rows = [
+        [NAMES[name.split(" / ")[0]], name.split(" / ")[1], _ratio(found, 3)]
+        for name, found in result["figures"]["ratios"].items()
+    ]
+    note = (
+        "ResNet-56, fp32, batch 1; paired by round, the interval by order statistics. On "
+        f"{machine(result)}. `benchmarks/against_benchmark_app.py`."
+    )
+    return "\n".join([table(["", "beside", "median, ours over theirs"], rows), "", note])
+
+
+def meter_overhead() -> str:
+    """Loops with a meter read beside them over loops without."""
+    result = read("meter_overhead")
+    rows = [
+        [name, f"{found['median_ns'] / 1e6:.2f}"]
+        + [_ratio(found[f"{key}_ratio"], 4) for key in ("median", "mean")]
+        for name, found in result["figures"].items()
+    ]
+    note = (
+        "The fakes of RAPL (two sockets with DRAM) and of the board with the most rails, polled as "
+        f"a window does. On {machine(result)}. `benchmarks/meter_overhead.py`."
+    )
+    headings = ["loop, meter", "median, ms", "median with over without", "mean with over without"]
+    return "\n".join([table(headings, rows), "", note])
+
+
+def meter_traces() -> str:
+    """Random traces of known energy."""
+    figures = read("meter_traces")["figures"]
+    rows = [
+        ["traces", f"{figures['traces']:,}"],
+        ["called valid, and wrong by more than 0.5%", f"{figures['valid_and_wrong']}"],
+        [
+            "an interval that misses the truth, or 0 J",
+            str(figures["interval_misses_truth_or_zero"]),
+        ],
+        ["recoverable ones that are valid", f"{figures['recoverable_valid_share']:.2%}"],
+        ["largest error of a valid one", f"{figures['worst_error_of_valid']:.2%}"],
+    ]
+    return "\n".join([table(["", ""], rows), "", "`benchmarks/meter_traces.py`."])
+
+
+def repeatability() -> str:
+    """Five runs of the same bundle."""
+    result = read("repeatability")
+    figures = result["figures"]
+    rows = [
+        [
+            variant,
+            f"{found['latency_ms']['pairs_inside']} of 20",
+            f"{found['latency_ms']['cov']:.1%}",
+            f"{min(run['value'] for run in found['latency_ms']['medians']):.4f} to "
+            f"{max(run['value'] for run in found['latency_ms']['medians']):.4f}",
+        ]
+        for variant, found in figures["variants"].items()
+    ]
+    note = (
+        f"`{figures['bundle']}`, preset `{figures['preset']}`, {NAMES[figures['runtime']]}, five "
+        f"runs on {machine(result)}. Wanted: 14 pairs, 3%. `benchmarks/repeatability.py`."
+    )
+    headings = ["", "pairs with the other's median inside", "CoV of the medians", "medians, ms"]
+    return "\n".join([table(headings, rows), "", note])

@@ -277,7 +277,9 @@ def main() -> None:
     figures["memory"] = endurance(options)
     figures["threads"] = threads(options)
     print(json.dumps(figures, indent=1))
-    write_result("session", seed=SEED, seconds=time.monotonic() - start, figures=figures)
+    name = f"session_{figures['bundle'].replace('-', '_')}"
+    seconds = time.monotonic() - start
+    print(write_result(name, seed=SEED, seconds=seconds, figures=figures, script="session"))
 
 
 if __name__ == "__main__":
