@@ -15,28 +15,25 @@ trained on for the epochs that are left. No gate stays.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greenprune import training
 from greenprune.data import Data, batches, draw, normalise, take
 from greenprune.distillation import Loss
 from greenprune.errors import PruningError
-from greenprune.pruning import batchnorm, surgery
+from greenprune.pruning import batchnorm, removal, surgery
 from greenprune.pruning.budget import Removed
 from greenprune.pruning.gated import Gated
-from greenprune.pruning.graph import Analysis, Group, analyse
+from greenprune.pruning.graph import Analysis
 from greenprune.pruning.record import NetworkRecord
 from greenprune.pruning.settling import check_target, settle
 from greenprune.recipe import AtLeastOne, Fraction, GateTrainingSettings
@@ -270,37 +267,9 @@ def cut(
     blocks = tuple(
         name for name, part in zip(gated.blocks, parts[count:], strict=True) if not part.all()
     )
-    smaller = copy.deepcopy(gated.network)
-    if blocks:
-        surgery.prove_blocks(gated.network, example_input, blocks)
-        for name in blocks:
-            surgery.remove_block(smaller, name)
-    analysis = analyse(smaller, example_input)
-    removed = _translated(gated.groups, [part.numpy() for part in parts[:count]], analysis)
-    return surgery.prune_channels(smaller, example_input, removed), blocks, analysis, removed
-
-
-def _translated(
-    groups: tuple[Group, ...], opened: list[NDArray[np.bool_]], analysis: Analysis
-) -> Removed:
-    """The shut channels by the groups of ``analysis``, which removed blocks may have changed.
-
-    Channels are known by the layer that writes them and their place there. A group of which all
-    would go (only where a block's removal has split it) keeps its first.
-    """
-    shut: Mapping[tuple[str, int], bool] = {
-        (part.module, index): not state
-        for group, states in zip(groups, opened, strict=True)
-        for part in group.producers
-        for indices, state in zip(part.indices.tolist(), states.tolist(), strict=True)
-        for index in indices
+    shut = {
+        group.name: tuple(np.flatnonzero(~part.numpy()).tolist())
+        for group, part in zip(gated.groups, parts[:count], strict=True)
     }
-    removed = {}
-    for group in analysis.groups:
-        part = group.producers[0]
-        places = [(part.module, int(indices[0])) for indices in part.indices]
-        gone = [place for place, key in enumerate(places) if shut.get(key, False)]
-        gone = gone[1:] if len(gone) == group.channels else gone
-        if gone:
-            removed[group.name] = tuple(gone)
-    return removed
+    found = removal.cut(gated.network, example_input, gated.groups, shut, blocks)
+    return found.network, blocks, found.analysis, found.removed
