@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from greenprune._version import __version__
+from greenprune.bench_command import bench
+from greenprune.command_options import CONTEXT, as_json, print_json, recipe_options, runs_option
 from greenprune.errors import GreenpruneError, TargetError
 from greenprune.progress import say
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 USER_MUST_ACT, INTERRUPTED = 2, 130
-BENCH_UNUSED = {
-    "compare": ("bundles", "output", "certify", "preset", "meter", "tdp_watts", "threads"),
-    "certify": ("output", "preset", "meter", "tdp_watts", "threshold"),
-    None: ("threshold",),
-}
-"""What `bench` does not look at, when it compares, certifies or measures."""
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-runs_option = click.option(
-    "--runs",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs"),
-    show_default=True,
-    help="The folder that holds all runs.",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,10 +60,6 @@ def _interrupted() -> int:
     return INTERRUPTED
 
 
-def _print_json(content: Any) -> None:
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
-
-
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="greenprune")
 def commands() -> None:
@@ -95,26 +75,8 @@ def commands() -> None:
     """
 
 
-def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        as_json,
-        click.option("--name", help="The run's name; by default the recipe's."),
-        runs_option,
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override a key of the recipe, as in --set train.epochs=3; can be repeated.",
-        ),
-        click.argument("recipe", required=False),
-    ):
-        function = option(function)
-    return function
-
-
 @commands.command(context_settings=CONTEXT)
-@_recipe_options
+@recipe_options
 def run(
     recipe: str | None, overrides: tuple[str, ...], runs: Path, name: str | None, as_json: bool
 ) -> None:
@@ -135,7 +97,7 @@ def run(
     if not summary:  # under torchrun the first process answers
         return
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     from greenprune.summary import print_summary
 
@@ -143,7 +105,7 @@ def run(
 
 
 @commands.command(context_settings=CONTEXT)
-@_recipe_options
+@recipe_options
 def prune(
     recipe: str | None, overrides: tuple[str, ...], runs: Path, name: str | None, as_json: bool
 ) -> None:
@@ -159,7 +121,7 @@ def prune(
     if not made:  # under torchrun the first process answers
         return
     if as_json:
-        _print_json(made)
+        print_json(made)
         return
     for variant, found in made["variants"].items():
         click.echo(
@@ -194,139 +156,12 @@ def export(
 
     bundle = api.export(run, target=target, precision=precision, output=output, runs=runs)
     if as_json:
-        _print_json({"bundle": str(bundle), "target": target, "precision": precision})
+        print_json({"bundle": str(bundle), "target": target, "precision": precision})
     else:
         click.echo(f"{bundle}")
 
 
-@commands.command(context_settings=CONTEXT)
-@click.argument("bundles", metavar="BUNDLE [BUNDLE]", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--preset",
-    type=click.Choice(["quick", "standard", "report", "mlperf-tiny"]),
-    default="standard",
-    show_default=True,
-    help="How long and how strictly: quick takes seconds, standard about 2 minutes a candidate.",
-)
-@click.option("--meter", default="auto", show_default=True, help="See `greenprune doctor`.")
-@click.option(
-    "--tdp",
-    "tdp_watts",
-    type=float,
-    metavar="WATTS",
-    help="Thermal design power of the processors, for the estimate where there is no counter.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=0),
-    default=0,
-    help="CPU threads; 0 means one for each core.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Write results as JSON, and their windows as CSV beside it.",
-)
-@click.option(
-    "--compare",
-    nargs=2,
-    metavar="OLD NEW",
-    type=click.Path(path_type=Path),
-    help="Compare two results files instead of measuring; status 1 if the new ones are worse.",
-)
-@click.option(
-    "--threshold",
-    type=click.FloatRange(min=0.0, max=1.0),
-    default=0.03,
-    show_default=True,
-    help="With --compare: the smallest change that counts, as a fraction.",
-)
-@click.option(
-    "--certify",
-    is_flag=True,
-    help="Certify the bundle's pair on this device with the images that it carries; no measuring.",
-)
-@as_json
-def bench(
-    bundles: tuple[Path, ...],
-    preset: str,
-    meter: str,
-    tdp_watts: float | None,
-    threads: int,
-    output: Path | None,
-    compare: tuple[Path, Path] | None,
-    threshold: float,
-    certify: bool,
-    as_json: bool,
-) -> None:
-    """Measure latency and joules of a BUNDLE on this device; needs no torch.
-
-    Two bundles are measured side by side, and each difference is called real or not.
-
-    \b
-    Examples:
-      greenprune-bench digits.bundle
-      greenprune-bench digits.bundle --preset quick --json
-      greenprune-bench before.bundle after.bundle -o race.json
-      greenprune-bench --compare baseline.json results.json
-    """
-    from greenprune import certification, harness
-
-    _check_bench(len(bundles), output, "compare" if compare else "certify" if certify else None)
-    if certify:
-        told = certification.describe(certification.certify_bundle(bundles[0], threads=threads))
-        if as_json:
-            _print_json(told)
-        else:
-            click.echo(told["headline"])
-        return
-    if compare:
-        old, new = (harness.read_results(path) for path in compare)
-        compared = harness.compare_results(old, new, threshold=threshold)
-        _print_table(compared, as_json)
-        sys.exit(1 if compared.regression else 0)
-    if output:
-        harness.check_destination(output)
-    measure: Callable[..., Any] = harness.bench if len(bundles) == 1 else harness.race_bundles
-    results = measure(*bundles, preset=preset, meter=meter, threads=threads, tdp_watts=tdp_watts)
-    _print_table(results, as_json)  # first: no full disk may take what was measured
-    if output:
-        harness.write_results(output, results)
-    if len(bundles) == 1 and not results.verdict.valid:
-        sys.exit(1)
-
-
-def _check_bench(bundles: int, output: Path | None, mode: str | None) -> None:
-    """Refuse what does not go together before anything is measured."""
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if given and name in BENCH_UNUSED[mode] and context.params[name] != ():
-            what = "BUNDLE" if name == "bundles" else parameter.opts[-1]
-            why = f"not used with --{mode}" if mode else "used with --compare only"
-            raise click.UsageError(f"{what}: {why}; leave it out.")
-    if not bundles and mode != "compare":
-        raise click.UsageError("Missing argument 'BUNDLE'.")
-    most = 1 if mode == "certify" else 2
-    if bundles > most:
-        raise click.UsageError(f"Got {bundles} bundles, expected {'1' if most == 1 else '1 or 2'}.")
-    if output and output.suffix != ".json":
-        raise click.UsageError(f"-o {output}: expected a name that ends in .json.")
-
-
-def _print_table(results: Any, as_json: bool) -> None:
-    """A record of the harness, as JSON or as its table."""
-    from rich.console import Console
-
-    from greenprune import schema
-
-    if as_json:
-        _print_json(schema.encode(results))
-    else:
-        # a pipe has no width of its own, and 80 columns would break every figure
-        Console(width=None if sys.stdout.isatty() else 140).print(results.table())
+commands.add_command(bench)
 
 
 @commands.command(context_settings=CONTEXT)
@@ -404,9 +239,7 @@ def report(
     )
     page = api.report(run, output=output, runs=runs, account=account)
     if as_json:
-        _print_json(
-            {"report": str(page), **({"account": schema.encode(account)} if carbon else {})}
-        )
+        print_json({"report": str(page), **({"account": schema.encode(account)} if carbon else {})})
     else:
         if carbon:
             words.print_account(account)
@@ -429,7 +262,7 @@ def doctor(as_json: bool) -> None:
 
     found = environment.diagnose()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         environment.print_diagnosis(found)
 
@@ -452,7 +285,7 @@ def targets(as_json: bool) -> None:
         except TargetError as error:  # another package's; the others are still there
             say(f"greenprune: {error}")
     if as_json:
-        _print_json(
+        print_json(
             {
                 target.name: {
                     "description": target.description,
@@ -484,7 +317,7 @@ def recipes(as_json: bool) -> None:
 
     found = built_in_recipes()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for name, description in found.items():
         click.echo(f"{name:<20}{description}")
