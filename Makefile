@@ -15,7 +15,7 @@ setup: $(VENV)/.installed  ## install everything into .venv
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v else f"Python 3.10 or later is needed; this is {sys.version.split()[0]}; try make PYTHON=python3.12")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[host,x86,check,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[host,x86,check,sweep,dev]'
 	touch $@
 
 demo: setup  ## the main job: LeNet-5 on handwritten digits, from training to report

@@ -80,7 +80,7 @@ def prune(
 
     compilation.runtimes(job)
     _use_threads(job.recipe.threads)
-    execute(job, stages.host_stages())
+    execute(job, stages.host_stages(job.recipe))
     if not processes.is_first():
         return {}
     return {
@@ -176,7 +176,7 @@ def export(
             f"{destination}: exists and is not a bundle; choose another output with -o"
         )
     _use_threads(job.recipe.threads)
-    trained = [stage.name for stage in stages.host_stages()]
+    trained = [stage.name for stage in stages.host_stages(job.recipe)]
     after = [stage for stage in stages.of(job.recipe) if stage.name not in trained]
     last = [stage.name for stage in after].index(job.bundle_stage)
     execute(job, after[: last + 1], finished=trained)
@@ -188,6 +188,32 @@ def export(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(made.path / name, folder / name)
     return destination
+
+
+def cost_graphs(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    output: Path,
+    runtime: str | None = None,
+) -> Path:
+    """The folder of graphs that a device elsewhere measures a cost table of the network from.
+
+    Args:
+        recipe: as :func:`run`; its target is the device's.
+        overrides: as :func:`run`.
+        output: the folder to write; one that an earlier call wrote is replaced.
+        runtime: by :func:`greenprune.registry.runtime_name`; None: the target's first, in the
+            precision of ``compile.precision``.
+
+    Raises:
+        TargetError: the target has no such runtime, or refuses a graph.
+        StorageError: ``output`` exists and is no such folder.
+    """
+    job = open_job(recipe, overrides=overrides)
+    from greenprune import prune_budget
+
+    return prune_budget.write_graphs(job, output, runtime)
 
 
 def report(
@@ -321,6 +347,7 @@ __all__ = [
     "Results",
     "bench",
     "carbon",
+    "cost_graphs",
     "explain",
     "export",
     "prune",

@@ -13,11 +13,12 @@ from click.core import ParameterSource
 from greenprune.command_options import CONTEXT, as_json, print_json, print_table
 
 UNUSED = {
+    "cost-table": ("bundles", "certify", "compare", "preset", "tdp_watts", "threshold"),
     "compare": ("bundles", "output", "certify", "preset", "meter", "tdp_watts", "threads"),
     "certify": ("output", "preset", "meter", "tdp_watts", "threshold"),
     None: ("threshold",),
 }
-"""What `bench` does not look at, when it compares, certifies or measures."""
+"""What `bench` does not look at, when it prices layers, compares, certifies or measures."""
 
 
 @click.command(context_settings=CONTEXT)
@@ -68,6 +69,13 @@ UNUSED = {
     is_flag=True,
     help="Certify the bundle's pair on this device with the images that it carries; no measuring.",
 )
+@click.option(
+    "--cost-table",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Measure what layers cost on this device, from the graphs that `greenprune cost-table` "
+    "wrote, into the table that -o names.",
+)
 @as_json
 def bench(
     bundles: tuple[Path, ...],
@@ -79,6 +87,7 @@ def bench(
     compare: tuple[Path, Path] | None,
     threshold: float,
     certify: bool,
+    cost_table: Path | None,
     as_json: bool,
 ) -> None:
     """Measure latency and joules of a BUNDLE on this device; needs no torch.
@@ -91,10 +100,15 @@ def bench(
       greenprune-bench digits.bundle --preset quick --json
       greenprune-bench before.bundle after.bundle -o race.json
       greenprune-bench --compare baseline.json results.json
+      greenprune-bench --cost-table probe -o table.json
     """
     from greenprune import certification, harness
 
-    _check_bench(len(bundles), output, "compare" if compare else "certify" if certify else None)
+    mode = "cost-table" if cost_table else "compare" if compare else "certify" if certify else None
+    _check_bench(len(bundles), output, mode)
+    if cost_table:
+        _price(cost_table, output, threads, meter, as_json)
+        return
     if certify:
         told = certification.describe(certification.certify_bundle(bundles[0], threads=threads))
         if as_json:
@@ -118,6 +132,32 @@ def bench(
         sys.exit(1)
 
 
+def _price(folder: Path, output: Path | None, threads: int, meter: str, as_json: bool) -> None:
+    """Measure a cost table, and say what it came to."""
+    from greenprune.harness import cost_probe
+
+    assert output is not None  # _check_bench
+    table = cost_probe.measure(folder, output, threads=threads, meter=meter)
+    points = sum(len(costs.points) for costs in table.costs)
+    told = {
+        "table": str(output),
+        "target": table.target,
+        "runtime": table.runtime,
+        "threads": table.threads,
+        "block_width": table.block_width,
+        "points": points,
+        "seconds": table.seconds,
+        "meter": table.meter,
+    }
+    if as_json:
+        print_json(told)
+        return
+    click.echo(
+        f"{output}: {points} costs on {table.runtime}, {table.threads} threads, in "
+        f"{table.seconds:.0f} s; kernels in blocks of {table.block_width}; joules: {table.meter}"
+    )
+
+
 def _check_bench(bundles: int, output: Path | None, mode: str | None) -> None:
     """Refuse what does not go together before anything is measured."""
     context = click.get_current_context()
@@ -128,7 +168,9 @@ def _check_bench(bundles: int, output: Path | None, mode: str | None) -> None:
             what = "BUNDLE" if name == "bundles" else parameter.opts[-1]
             why = f"not used with --{mode}" if mode else "used with --compare only"
             raise click.UsageError(f"{what}: {why}; leave it out.")
-    if not bundles and mode != "compare":
+    if mode == "cost-table" and output is None:
+        raise click.UsageError("--cost-table needs -o TABLE.json: what it is for.")
+    if not bundles and mode not in ("compare", "cost-table"):
         raise click.UsageError("Missing argument 'BUNDLE'.")
     most = 1 if mode == "certify" else 2
     if bundles > most:

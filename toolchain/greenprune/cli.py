@@ -11,9 +11,17 @@ import click
 
 from greenprune._version import __version__
 from greenprune.bench_command import bench
-from greenprune.command_options import CONTEXT, as_json, print_json, recipe_options, runs_option
+from greenprune.command_options import (
+    CONTEXT,
+    as_json,
+    overrides_option,
+    print_json,
+    recipe_options,
+    runs_option,
+)
 from greenprune.errors import GreenpruneError, TargetError
 from greenprune.progress import say
+from greenprune.sweep_cli import pick, sweep
 
 USER_MUST_ACT, INTERRUPTED = 2, 130
 
@@ -159,9 +167,6 @@ def export(
         print_json({"bundle": str(bundle), "target": target, "precision": precision})
     else:
         click.echo(f"{bundle}")
-
-
-commands.add_command(bench)
 
 
 @commands.command(context_settings=CONTEXT)
@@ -325,6 +330,43 @@ def recipes(as_json: bool) -> None:
 
 commands.add_command(export)
 commands.add_command(bench)
+commands.add_command(sweep)
+commands.add_command(pick)
+
+
+@commands.command("cost-table", context_settings=CONTEXT)
+@click.argument("recipe", required=False)
+@overrides_option
+@click.option("--runtime", help="To measure, such as openvino-int8.  [default: the target's first]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write."
+)
+@as_json
+def cost_graphs(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    runtime: str | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Write the graphs that a device elsewhere measures its cost table from.
+
+    A budget in milliseconds or joules of such a device needs it: `greenprune-bench --cost-table` is
+    run there, with the base install, and its table is named in prune.cost_table. On the device
+    itself `greenprune run` does all of this by itself.
+
+    \b
+    Example:
+      greenprune cost-table recipe.toml --set compile.target=arm -o probe
+    """
+    from greenprune import api
+
+    folder = api.cost_graphs(recipe, overrides=overrides, runtime=runtime, output=output)
+    if as_json:
+        print_json({"folder": str(folder)})
+    else:
+        click.echo(f"{folder}: on the device, greenprune-bench --cost-table {folder} -o table.json")
+
 
 if __name__ == "__main__":
     main()

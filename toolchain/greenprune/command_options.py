@@ -22,19 +22,22 @@ runs_option = click.option(
 )
 
 
+overrides_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, as in --set train.epochs=3; can be repeated.",
+)
+
+
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """RECIPE, and what goes with it."""
     for option in (
         as_json,
         click.option("--name", help="The run's name; by default the recipe's."),
         runs_option,
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override a key of the recipe, as in --set train.epochs=3; can be repeated.",
-        ),
+        overrides_option,
         click.argument("recipe", required=False),
     ):
         function = option(function)

@@ -22,6 +22,7 @@ from greenprune.registry import PRECISIONS, Build, Target, load_target, runtime_
 from greenprune.runtime.networks import SCORE
 from greenprune.runtime.runners import verify_artifact
 from greenprune_calibration import graphs, inspection
+from greenprune_calibration.samples import draw_balanced
 
 BATCH = 100
 CHECKED = "checked_by"
@@ -213,6 +214,14 @@ def answers(
         artifacts,
         (prepared(job, part) for part in split.inputs.split(BATCH)),
     )
+
+
+def calibration_images(job: Job) -> NDArray[np.float32]:
+    """Training images to calibrate int8 with, the classes as even as they can be."""
+    train = job.data.train
+    count = min(job.recipe.compile.calibration_images, len(train.targets))
+    drawn = draw_balanced(train.targets.numpy(), count, job.recipe.seed + 30)
+    return prepared(job, train.inputs[torch.from_numpy(drawn)])
 
 
 def prepared(job: Job, inputs: torch.Tensor) -> NDArray[np.float32]:

@@ -35,7 +35,6 @@ from greenprune.pipeline import (
 from greenprune.pruning import cost, record
 from greenprune.registry import Target, device_kind, load_target
 from greenprune.runtime import decide
-from greenprune_calibration.samples import draw_balanced
 
 BATCH = 100
 REPLAY_BYTES = 64 << 20
@@ -92,12 +91,10 @@ def calibrate(work: Work) -> dict[str, Any]:
     """Draw the samples that the bundle carries: for calibration and for replaying."""
     job = work.job
     data, recipe = job.data, job.recipe
-    count = min(recipe.compile.calibration_images, len(data.train.targets))
-    drawn = draw_balanced(data.train.targets.numpy(), count, recipe.seed + 30)
     image_bytes = 4 * data.test.inputs[0].numel()
     replayed = slice(0, max(1, min(recipe.bench.replay_images, REPLAY_BYTES // image_bytes)))
     arrays: dict[str, NDArray[Any]] = {
-        "calibration_inputs": compilation.prepared(job, data.train.inputs[torch.from_numpy(drawn)]),
+        "calibration_inputs": compilation.calibration_images(job),
         "replay_inputs": compilation.prepared(job, data.test.inputs[replayed]),
         "replay_targets": data.test.targets[replayed].numpy(),
     }

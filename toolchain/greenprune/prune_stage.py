@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from greenprune import processes, registry, schema, storage
+from greenprune import processes, prune_budget, schema, storage, training
 from greenprune import stage_parts as parts
 from greenprune.data import draw, normalise
 from greenprune.errors import NotAvailableError
 from greenprune.pipeline import Job, Work
-from greenprune.pruning import batchnorm, budget, cost, folding, gates, plots, record, surgery
-from greenprune.pruning.graph import Analysis
-from greenprune.pruning.scores import Scores, measure
+from greenprune.prune_budget import width_multiple
+from greenprune.pruning import (
+    batchnorm,
+    budget,
+    cost,
+    folding,
+    gates,
+    plots,
+    record,
+    removal,
+    surgery,
+    within,
+)
+from greenprune.pruning.graph import Analysis, analyse
+from greenprune.pruning.scores import Scores, Scoring, measure
 from greenprune.recipe import VariantSettings
 
 CORRECTION_IMAGES = 1024
@@ -40,24 +53,19 @@ def _prune_by_scores(work: Work) -> dict[str, Any]:
     job, settings = work.job, work.job.recipe.prune
     network, described = parts.load(job, "sparsify")
     analysis = surgery.analyse_and_try(network, parts.example_of(job.data))
-    chosen = draw(job.data.train, settings.images, job.recipe.seed + 2)
-    scoring = measure(
-        network,
-        analysis,
-        normalise(job.data.train.inputs[chosen], job.data.preprocessing),
-        method=settings.method,
-        targets=job.data.train.targets[chosen],
-        loss=parts.function_of(job.recipe.task.loss),
-        seed=job.recipe.seed,
-    )
+    scoring = _score(job, network, analysis)
     results: dict[str, Any] = {
         "images": scoring.images,
         "frozen": [{"name": item.name, "reason": item.reason} for item in analysis.frozen],
     }
-    cuts = {}
+    cuts: dict[str, budget.Removed] = {}
+    subject = Subject(network, described, analysis, scoring.scores)
     for variant in parts.PRUNED:
-        cuts[variant] = _choose(job, analysis, scoring.scores, variant)
-        results[variant] = _cut(work, network, described, analysis, cuts[variant], variant)
+        if getattr(settings, variant).budget:
+            cuts[variant], results[variant] = _within_budget(work, subject, variant)
+        else:
+            cuts[variant] = _choose(job, analysis, scoring.scores, variant)
+            results[variant] = _one_shot(work, subject, cuts[variant], variant)
     storage.write_json(
         work.folder / "scores.json",
         {
@@ -70,6 +78,100 @@ def _prune_by_scores(work: Work) -> dict[str, Any]:
     plot = plots.scores_svg(scoring, cuts, settings.method)
     storage.write_text(work.folder / "scores.svg", plot)
     return {**results, "headline": _headline(results)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network that channels are cut out of."""
+
+    network: nn.Module
+    described: record.NetworkRecord
+    analysis: Analysis
+    scores: Scores
+
+
+def _score(job: Job, network: nn.Module, analysis: Analysis) -> Scoring:
+    settings = job.recipe.prune
+    chosen = draw(job.data.train, settings.images, job.recipe.seed + 2)
+    return measure(
+        network,
+        analysis,
+        normalise(job.data.train.inputs[chosen], job.data.preprocessing),
+        method=settings.method,
+        targets=job.data.train.targets[chosen],
+        loss=parts.function_of(job.recipe.task.loss),
+        seed=job.recipe.seed,
+    )
+
+
+def _one_shot(
+    work: Work, subject: Subject, removed: budget.Removed, variant: str
+) -> dict[str, Any]:
+    """Cut the channels out at once, and save what is left."""
+    job = work.job
+    example = parts.example_of(job.data)
+    own: VariantSettings = getattr(job.recipe.prune, variant)
+    cut = removal.cut(subject.network, example, subject.analysis.groups, removed)
+    spare = math.inf
+    if own.params < 1 and not own.rates:
+        allowed = own.params * cost.count(subject.network, example).params
+        spare = allowed - cost.count(cut.network, example).params
+    left, tried = _corrected(job, cut, subject.described, spare)
+    return _saved(work, subject, left, tried, variant)
+
+
+def _within_budget(
+    work: Work, first: Subject, variant: str
+) -> tuple[budget.Removed, dict[str, Any]]:
+    """Cut in steps until the budget holds; after each but the last, train briefly and score again.
+
+    Returns:
+        The channels that the first step took, and the results.
+    """
+    job, settings = work.job, work.job.recipe.prune
+    subject, told, gone = first, [], None
+    for step in range(1, settings.steps + 1):
+        settled = within.cut_within(
+            prune_budget.terms_of(job, variant, step=step),
+            first.network,
+            subject.network,
+            subject.analysis,
+            subject.scores,
+            parts.example_of(job.data),
+            prune_budget.price_of(job),
+            prune_budget.measure_of(job),
+        )
+        told.append(within.described(settled))
+        gone = settled.choice.removed if gone is None else gone
+        described = subject.described
+        if settled.choice.removed_blocks:
+            described = described.without_blocks(*settled.choice.removed_blocks)
+        spare = 0.0 if "params" in settled.goals else math.inf
+        last = step == settings.steps
+        left, tried = _corrected(job, settled.cut, described, spare if last else 0.0)
+        if last:
+            break
+        _train_between(work, first.network, left.network, f"{variant}-{step}")
+        analysis = surgery.analyse_and_try(left.network, parts.example_of(job.data))
+        scores = _score(job, left.network, analysis).scores
+        subject = Subject(left.network, left.described, analysis, scores)
+    results = _saved(work, first, left, tried, variant)
+    blocks = list(left.described.removed_blocks)
+    return gone or {}, {**results, "budget": told, "removed_blocks": blocks}
+
+
+def _train_between(work: Work, dense: nn.Module, network: nn.Module, name: str) -> None:
+    job = work.job
+    training.fit(
+        network,
+        job.data,
+        job.recipe.prune.between,
+        seed=job.recipe.seed + 40,
+        loss=parts.function_of(job.recipe.task.loss),
+        teacher=dense,
+        checkpoint=work.checkpoint.with_stem(f"{work.checkpoint.stem}-{name}"),
+        label=f"between, {name}",
+    )
 
 
 def _train_with_gates(work: Work, variant: str) -> dict[str, Any]:
@@ -122,51 +224,45 @@ def _compared(job: Job, compact: nn.Module, network: nn.Module) -> dict[str, Any
     }
 
 
-def _cut(
-    work: Work,
-    network: nn.Module,
-    described: record.NetworkRecord,
-    analysis: Analysis,
-    removed: budget.Removed,
-    variant: str,
+@dataclass(frozen=True)
+class Left:
+    """A compact network and its record."""
+
+    network: nn.Module
+    described: record.NetworkRecord
+
+
+def _saved(
+    work: Work, subject: Subject, left: Left, tried: dict[str, float], variant: str
 ) -> dict[str, Any]:
     job = work.job
-    cut = surgery.prune_channels(network, parts.example_of(job.data), removed)
-    own: VariantSettings = getattr(job.recipe.prune, variant)
-    spare = math.inf
-    if own.params < 1 and not own.rates:
-        allowed = own.params * cost.count(network, parts.example_of(job.data)).params
-        spare = allowed - cost.count(cut, parts.example_of(job.data)).params
-    compact, gained, tried = _correct(job, cut, network, analysis, removed, spare)
-    pruned = described.pruned(analysis, removed).with_biases(*gained)
-    record.save_network(work.folder / variant, compact, pruned)
+    record.save_network(work.folder / variant, left.network, left.described)
+    remaining = analyse(left.network, parts.example_of(job.data))
     return {
-        **_compared(job, compact, network),
+        **_compared(job, left.network, subject.network),
         "development_accuracy": max(tried.values()),
         "corrections": tried,
-        "widths": budget.widths(analysis, removed),
-        "dense_widths": budget.widths(analysis, {}),
+        "widths": budget.widths(remaining, {}),
+        "dense_widths": budget.widths(subject.analysis, {}),
     }
 
 
-def _correct(
-    job: Job,
-    cut: nn.Module,
-    network: nn.Module,
-    analysis: Analysis,
-    removed: budget.Removed,
-    spare: float,
-) -> tuple[nn.Module, tuple[str, ...], dict[str, float]]:
+def _corrected(
+    job: Job, found: removal.Cut, described: record.NetworkRecord, spare: float
+) -> tuple[Left, dict[str, float]]:
     """Put right what the cut has shifted, in the way that the development split gains from most.
 
     Folding is left out where the biases that it adds are more than the ``spare`` parameters.
 
+    Args:
+        described: the record of the network before channels went.
+
     Returns:
-        The network, the layers that gained a bias, and the accuracy of each way.
+        What is left, and the accuracy of each way.
     """
     images = parts.training_images(job, CORRECTION_IMAGES, seed=job.recipe.seed + 3)
-    folded = copy.deepcopy(cut)
-    gained = folding.fold_means(folded, network, analysis, removed, images)
+    cut, folded = found.network, copy.deepcopy(found.network)
+    gained = folding.fold_means(folded, found.without_blocks, found.analysis, found.removed, images)
     fits = sum(folded.get_parameter(f"{name}.bias").numel() for name in gained) <= spare
     ways: dict[str, tuple[nn.Module, tuple[str, ...]]] = {"none": (cut, ())}
     if fits:
@@ -179,7 +275,9 @@ def _correct(
         way: parts.evaluate(job, each, job.data.development) for way, (each, _) in ways.items()
     }
     best = max(tried, key=tried.__getitem__)  # of equals the first, which changes least
-    return *ways[best], tried
+    network, biased = ways[best]
+    pruned = described.pruned(found.analysis, found.removed).with_biases(*biased)
+    return Left(network, pruned), tried
 
 
 def _choose(job: Job, analysis: Analysis, scores: Scores, variant: str) -> budget.Removed:
@@ -200,12 +298,6 @@ def _choose(job: Job, analysis: Analysis, scores: Scores, variant: str) -> budge
     )
 
 
-def width_multiple(job: Job) -> int:
-    """What the recipe says, or what the target's kernels are blocked for."""
-    target = registry.load_target(job.recipe.compile.target)
-    return job.recipe.prune.width_multiple or target.capabilities.width_multiple
-
-
 def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
     """Whether a budget can be reached follows from the network's structure alone.
 
@@ -220,4 +312,8 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
     analysis = surgery.analyse_and_try(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:
-        _choose(job, analysis, level, variant)
+        if getattr(job.recipe.prune, variant).budget:
+            terms = prune_budget.terms_of(job, variant)
+            within.check_reachable(terms, network, analysis, example, {})
+        else:
+            _choose(job, analysis, level, variant)

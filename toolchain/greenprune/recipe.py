@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from greenprune import schema
 from greenprune.errors import RecipeError, RunError
+from greenprune.pruning import limits
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -127,6 +128,10 @@ class VariantSettings:
     rates: dict[str, Annotated[float, Meta(ge=0.0, lt=1.0)]] = field(default_factory=dict)
     """In place of the two: the share of its channels that each of these groups loses, as papers
     give them."""
+    budget: tuple[str, ...] = ()
+    """In place of all three: what it may cost at most, several at once, such as ``latency x0.5``,
+    ``latency_ms <= 4``, ``energy_mj <= 2``, ``params x0.4``. Latency and energy are what the target
+    pays, by a table measured on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +168,16 @@ class PruneSettings:
     """No group of channels goes below this share of its width."""
     mild: VariantSettings = field(default_factory=lambda: VariantSettings(macs=0.6))
     aggressive: VariantSettings = field(default_factory=lambda: VariantSettings(macs=0.3))
+    cost_table: str | None = None
+    """For budgets in latency or energy: the table that was carried back from the device; None: this
+    machine is the device, and the table is measured here, once."""
+    blocks: bool = False
+    """Whether a residual block goes whole, where budgets gain more by that than by narrower layers.
+    """
+    steps: AtLeastOne = 1
+    """Budgets are reached in so many steps, each cut by scores of its own, with ``between`` after
+    each but the last."""
+    between: DistillationSettings = field(default_factory=lambda: DistillationSettings(epochs=1))
     gates: GateTrainingSettings = field(default_factory=GateTrainingSettings)
 
 
@@ -341,11 +356,12 @@ def _refuse_infinite(content: Any, where: str, key: str = "") -> None:
 def _check(recipe: Recipe, where: str) -> None:
     _refuse_infinite(schema.encode(recipe), where)
     if recipe.prune.method == "gates" and any(
-        own.rates or own.params < 1 for own in (recipe.prune.mild, recipe.prune.aggressive)
+        own.rates or own.budget or own.params < 1
+        for own in (recipe.prune.mild, recipe.prune.aggressive)
     ):
         raise RecipeError(
             f"{where}: prune.method = 'gates' goes by prune.mild.macs and prune.aggressive.macs "
-            "alone; leave rates and params out"
+            "alone; leave rates, budget and params out"
         )
     if recipe.prune.gates.gated_epochs > recipe.prune.gates.epochs:
         raise RecipeError(
@@ -353,8 +369,11 @@ def _check(recipe: Recipe, where: str) -> None:
             f"most prune.gates.epochs = {recipe.prune.gates.epochs}, of which it is a part"
         )
     mild, aggressive = recipe.prune.mild, recipe.prune.aggressive
+    for name, own in (("mild", mild), ("aggressive", aggressive)):
+        _check_variant(own, f"{where}: prune.{name}")
     smaller = (aggressive.macs, aggressive.params) < (mild.macs, mild.params)
-    if not smaller and not (mild.rates or aggressive.rates):
+    by_shares = not any(own.rates or own.budget for own in (mild, aggressive))
+    if by_shares and not smaller:
         raise RecipeError(
             f"{where}: prune.aggressive.macs = {aggressive.macs} must be below prune.mild.macs = "
             f"{mild.macs}, or equal to it with fewer params; the aggressive network is the smaller "
@@ -373,6 +392,19 @@ def _check(recipe: Recipe, where: str) -> None:
             "this recipe and seed hold out"
         )
     check_name(recipe.name, where)
+
+
+def _check_variant(own: VariantSettings, where: str) -> None:
+    """Raises RecipeError: a budget that cannot be read, or that stands beside rates."""
+    try:
+        limits.parse_all(own.budget)
+    except RecipeError as error:
+        raise RecipeError(f"{where}.budget: {error}") from error
+    if own.budget and own.rates:
+        raise RecipeError(
+            f"{where}: budget and rates both say how much goes; expected one of them, got budget = "
+            f"{list(own.budget)} and rates for {', '.join(own.rates)}; leave one out"
+        )
 
 
 def check_name(name: str, where: str) -> None:
@@ -394,6 +426,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     replace = dataclasses.replace
     return replace(
         recipe,
+        prune=replace(recipe.prune, cost_table=absolute(recipe.prune.cost_table)),
         model=replace(
             recipe.model,
             factory=code(recipe.model.factory),

@@ -12,6 +12,7 @@ from greenprune import (
     deployment,
     models,
     onnx_export,
+    prune_budget,
     prune_stage,
     schema,
     sparsity,
@@ -20,6 +21,7 @@ from greenprune import (
 )
 from greenprune import stage_parts as parts
 from greenprune.adaptive import selector as selecting
+from greenprune.cores import session_threads
 from greenprune.errors import DataError, NotAvailableError, RecipeError, WeightsError
 from greenprune.pipeline import Job, Stage, Work
 from greenprune.pruning import record
@@ -28,10 +30,12 @@ from greenprune.recipe import Recipe
 REFERENCE_IMAGES = 16
 
 
-def host_stages() -> list[Stage]:
+def host_stages(recipe: Recipe) -> list[Stage]:
     """From the recipe to the fine-tuned networks."""
+    priced = prune_budget.is_asked(recipe)
     return [
         Stage("train", train, depends=_train_depends, trains=True),
+        *([Stage(prune_budget.STAGE, prune_budget.price, ("train",), _price_depends)] * priced),
         Stage(
             "sparsify",
             sparsify,
@@ -42,8 +46,8 @@ def host_stages() -> list[Stage]:
         Stage(
             "prune",
             prune_stage.prune,
-            needs=("sparsify",),
-            depends=lambda job: [_of(job, "prune"), prune_stage.width_multiple(job)],
+            needs=("sparsify", prune_budget.STAGE) if priced else ("sparsify",),
+            depends=lambda job: [_of(job, "prune"), prune_budget.width_multiple(job)],
             version=2,
         ),
         *(
@@ -61,6 +65,23 @@ def host_stages() -> list[Stage]:
 
 def _of(job: Job, section: str) -> Any:
     return schema.encode(getattr(job.recipe, section))
+
+
+def _price_depends(job: Job) -> Any:
+    settings, compiled = job.recipe.prune, job.recipe.compile
+    table = settings.cost_table
+    if table is not None and not Path(table).is_file():
+        raise RecipeError(
+            f"prune.cost_table = '{table}': no such file; expected the table that "
+            "`greenprune-bench --cost-table` wrote on the device"
+        )
+    return {
+        "target": [compiled.target, list(compiled.runtimes), compiled.precision],
+        "threads": session_threads(job.recipe.threads),
+        "budgets": [list(settings.mild.budget), list(settings.aggressive.budget)],
+        "widths": [prune_budget.width_multiple(job), settings.keep_at_least, settings.blocks],
+        "table": storage.sha256(Path(table)) if table else None,
+    }
 
 
 def _finetune_depends(variant: str) -> Any:
@@ -306,7 +327,7 @@ def of(recipe: Recipe) -> list[Stage]:
     """All stages of ``greenprune run`` for this recipe, in order."""
     target = recipe.compile.target
     return [
-        *host_stages(),
+        *host_stages(recipe),
         Stage(
             "selector",
             train_selector,

@@ -111,8 +111,8 @@ def report_input(job: Job, account: Account) -> dict[str, Any]:
             {
                 "layer": layer,
                 "dense": width,
-                "mild": pruned["mild"]["widths"][layer],
-                "aggressive": pruned["aggressive"]["widths"][layer],
+                "mild": pruned["mild"]["widths"].get(layer, 0),
+                "aggressive": pruned["aggressive"]["widths"].get(layer, 0),
             }
             for layer, width in pruned["mild"]["dense_widths"].items()
         ],

@@ -1,0 +1,465 @@
+"""A sweep without its workers: points, records, fronts, the pick, the page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="a sweep needs the extra 'host'")
+pytest.importorskip("moocore", reason="the hypervolume needs the extra 'sweep'")
+
+from greenprune import pick, pipeline, schema, storage, sweep_points, sweep_record, sweep_worker
+from greenprune import recipe as recipes
+from greenprune.errors import RecipeError, RunError
+from greenprune.sweep_record import Energy, Figures, Measured, Point, Sweep
+
+# accuracy, development accuracy, ms, mJ, bytes
+DENSE = (0.98, 0.97, 2.0, 10.0, 1000)
+POINTS = {
+    "x86-macs-x0.5": {
+        "mild": (0.98, 0.96, 1.6, 8.0, 800),
+        "aggressive": (0.97, 0.95, 1.0, 5.0, 500),
+        "pair": (0.98, 0.96, 1.2, 6.0, 1300),
+    },
+    "x86-macs-x0.2": {
+        "mild": (0.97, 0.95, 1.1, 5.5, 600),
+        "aggressive": (0.90, 0.89, 0.4, 2.0, 200),
+        "pair": (0.965, 0.94, 0.7, 3.5, 800),
+    },
+}
+
+
+def figures(row: tuple[float, float, float, float, int], joules: bool = True) -> Figures:
+    accuracy, development, mean, energy, size = row
+    return Figures(
+        accuracy=accuracy,
+        development_accuracy=development,
+        macs=10 * size,
+        params=size,
+        bytes=size,
+        latency_ms={"onnxruntime": {"mean": mean, "p50": 0.9 * mean}},
+        energy_mj=Energy(
+            value=energy, low=0.5 * energy, high=2 * energy, provenance="estimated_model"
+        )
+        if joules
+        else None,
+    )
+
+
+def measured(rows: dict[str, Any], **changes: Any) -> Measured:
+    joules = changes.pop("joules", True)
+    made = Measured(
+        runtime="onnxruntime",
+        threshold=0.7,
+        machine="a processor, 2 threads",
+        preset="quick",
+        valid=True,
+        variants={name: figures(row, joules) for name, row in {"dense": DENSE, **rows}.items()},
+    )
+    return replace(made, **changes)
+
+
+def made_sweep(**changes: Any) -> Sweep:
+    done = tuple(
+        Point(
+            name=name,
+            target="x86",
+            budgets=(name.removeprefix("x86-").replace("-", " "),),
+            state="done",
+            measured=measured(rows),
+        )
+        for name, rows in POINTS.items()
+    )
+    failed = Point(
+        name="x86-macs-x0.01",
+        target="x86",
+        budgets=("macs x0.01",),
+        state="failed",
+        error="out of <reach>",
+    )
+    return replace(Sweep(name="digits", recipe="lenet5", points=(*done, failed)), **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    sweep_record.write(tmp_path / "digits", made_sweep())
+    return tmp_path / "digits"
+
+
+# -- points
+
+
+def settings(texts: list[str], mild: list[str] | None = None) -> dict[str, Any]:
+    recipe = recipes.load(None, sweep_points.budget_overrides(texts, mild))
+    return {
+        name: (own.macs, own.params, own.budget)
+        for name, own in (("mild", recipe.prune.mild), ("aggressive", recipe.prune.aggressive))
+    }
+
+
+def test_shares_of_macs_and_parameters_are_the_recipes_own_keys() -> None:
+    assert settings(["macs x0.4", "params x0.5"]) == {
+        "mild": (0.7, 0.75, ()),
+        "aggressive": (0.4, 0.5, ()),
+    }
+
+
+def test_anything_else_is_a_budget() -> None:
+    assert settings(["latency x0.5", "macs x0.4"]) == {
+        "mild": (1.0, 1.0, ("latency x0.75", "macs x0.7")),
+        "aggressive": (1.0, 1.0, ("latency x0.5", "macs x0.4")),
+    }
+
+
+def test_mild_network_of_an_absolute_budget_is_the_recipes() -> None:
+    own = recipes.load(None).prune.mild
+
+    assert settings(["latency_ms <= 4"]) == {
+        "mild": (own.macs, own.params, own.budget),
+        "aggressive": (1.0, 1.0, ("latency_ms <= 4",)),
+    }
+
+
+def test_mild_network_as_given() -> None:
+    found = settings(["latency_ms <= 4"], ["latency_ms <= 6", "params x0.9"])
+
+    assert found["mild"] == (1.0, 1.0, ("latency_ms <= 6", "params x0.9"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "mild", "told"),
+    [
+        ([], None, "expected a budget"),
+        (["watts x0.5"], None, "watts x0.5"),
+        (["macs x0.5"], ["macs x0.5"], "looser"),
+        (["latency_ms <= 4"], ["latency_ms <= 3"], "looser"),
+        (["macs x0.5", "macs <= 1000"], None, "macs"),
+    ],
+)
+def test_budgets_that_cannot_be(texts: list[str], mild: list[str] | None, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        sweep_points.budget_overrides(texts, mild)
+
+
+def test_plan_names_every_pair_of_target_and_budgets() -> None:
+    planned = sweep_points.plan(
+        None,
+        [["macs x0.5"], ["macs x0.3", "params x0.4"], ["latency_ms <= 4"]],
+        ["x86", "eyeriss"],
+        overrides=["train.epochs=3"],
+    )
+
+    assert [point.name for point, _ in planned] == [
+        f"{target}-{end}"
+        for target in ("x86", "eyeriss")
+        for end in ("macs-x0.5", "macs-x0.3-params-x0.4", "latency_ms-4")
+    ]
+    for point, recipe in planned:
+        assert (recipe.name, recipe.compile.target) == (point.name, point.target)
+        assert recipe.train.epochs == 3
+        assert point.state == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("budgets", "targets", "told"),
+    [
+        ([], ["x86"], "got none"),
+        ([["macs x0.5"]], [], "got none"),
+        ([["macs x0.5"], ["macs x0.50"]], ["x86"], "twice"),
+    ],
+)
+def test_plans_that_cannot_be(budgets: Any, targets: Any, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        sweep_points.plan(None, budgets, targets)
+
+
+# -- what the workers keep
+
+
+def write_stage(run: Path, stage: str, inputs: str, **needs: str) -> None:
+    content = {
+        "stage": stage,
+        "inputs_sha256": inputs,
+        "needs": needs,
+        "started": "2026-01-01",
+        "seconds": 1.0,
+        "energy": None,
+        "results": {},
+    }
+    storage.write_json(run / stage / "stage.json", content)
+
+
+def test_shared_stages_are_taken_over_once(tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "point"
+    write_stage(base, "train", "1")
+    write_stage(base, "sparsify", "2", train="1")
+    storage.write_text(base / "train" / "network" / "weights", "whole")
+
+    sweep_worker.take_over(base, run)
+
+    assert (run / "train" / "network" / "weights").read_text() == "whole"
+    assert pipeline.is_current(run, "sparsify")
+    storage.write_text(run / "train" / "network" / "weights", "its own")
+    sweep_worker.take_over(base, run)
+    assert (run / "train" / "network" / "weights").read_text() == "its own", "copied again"
+    write_stage(base, "train", "3")
+    sweep_worker.take_over(base, run)
+    assert (run / "train" / "network" / "weights").read_text() == "whole"
+    assert not list(run.glob(".partial-*"))
+
+
+def finished_point(folder: Path) -> recipes.Recipe:
+    recipe = recipes.load(None)
+    for run in (folder / "base", folder / "point"):
+        write_stage(run, "train", "1")
+        write_stage(run, "sparsify", "2", train="1")
+    write_stage(folder / "point", "report-x86", "3", sparsify="2")
+    pipeline.write_run(pipeline.Job(recipe, folder / "point"))
+    content = schema.encode(measured(POINTS["x86-macs-x0.5"]))
+    storage.write_json(folder / "point" / "point.json", content)
+    return recipe
+
+
+def test_finished_point_is_known_as_such(tmp_path: Path) -> None:
+    recipe = finished_point(tmp_path)
+
+    assert sweep_worker.is_finished(recipe, tmp_path / "point")
+    assert not sweep_worker.is_finished(replace(recipe, seed=1), tmp_path / "point")
+    assert not sweep_worker.is_finished(recipe, tmp_path / "another")
+
+
+@pytest.mark.parametrize("left", ["point.json", "run.json", "report-x86/stage.json"])
+def test_point_that_lacks_a_part_is_not_finished(tmp_path: Path, left: str) -> None:
+    recipe = finished_point(tmp_path)
+    (tmp_path / "point" / left).unlink()
+
+    assert not sweep_worker.is_finished(recipe, tmp_path / "point")
+
+
+def test_point_of_an_older_training_is_not_finished(tmp_path: Path) -> None:
+    recipe = finished_point(tmp_path)
+    write_stage(tmp_path / "base", "sparsify", "4", train="1")
+
+    assert not sweep_worker.is_finished(recipe, tmp_path / "point")
+
+
+def test_damaged_record_is_not_finished(tmp_path: Path) -> None:
+    recipe = finished_point(tmp_path)
+    (tmp_path / "point" / "point.json").write_text("{")
+
+    assert not sweep_worker.is_finished(recipe, tmp_path / "point")
+
+
+# -- records
+
+
+def test_record_reads_back_as_written(folder: Path) -> None:
+    assert sweep_record.read(folder) == made_sweep()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "expected JSON"),
+        ('{"name": "a", "recipe": "b", "points": [], "extra": 1}', "unknown key 'extra'"),
+        ('{"name": "a", "recipe": "b", "points": [{"name": 3}]}', r"points\[0\]"),
+    ],
+)
+def test_damaged_records(folder: Path, content: str, told: str) -> None:
+    (folder / "sweep.json").write_text(content)
+
+    with pytest.raises(RunError, match=told):
+        sweep_record.read(folder)
+
+
+def test_no_sweep(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a sweep"):
+        sweep_record.read(tmp_path)
+
+
+# -- fronts
+
+
+def test_front_of_known_points() -> None:
+    (found,) = sweep_record.fronts(made_sweep())
+
+    names = [
+        each.name for each, chosen in zip(found.candidates, found.chosen, strict=True) if chosen
+    ]
+    assert found.objectives == ("accuracy lost", "latency", "energy", "bytes")
+    assert "x86-macs-x0.2/mild" not in names, "aggressive of the other point beats it in all"
+    assert set(names) == {each.name for each in found.candidates} - {"x86-macs-x0.2/mild"}
+    assert found.knee is not None
+    assert found.candidates[found.knee].name == "x86-macs-x0.5/aggressive"
+    # of the box: 1 - loss / 5 points, and what is saved of ms, mJ and bytes
+    assert found.hypervolume >= 0.8 * 0.5 * 0.5 * 0.5
+
+
+def test_costs_are_shares_of_the_dense_network_of_the_same_run() -> None:
+    slow = {name: (*row[:2], 3 * row[2], *row[3:]) for name, row in POINTS["x86-macs-x0.5"].items()}
+    slow_dense = (*DENSE[:2], 3 * DENSE[2], *DENSE[3:])
+    first, *others = made_sweep().points
+    busy = replace(first, measured=measured({"dense": slow_dense, **slow}))
+
+    (quiet,), (loaded,) = (
+        sweep_record.fronts(made_sweep(points=points))
+        for points in ((first, *others), (busy, *others))
+    )
+
+    assert quiet.chosen == loaded.chosen
+    assert quiet.hypervolume == pytest.approx(loaded.hypervolume)
+
+
+def test_joules_that_one_point_lacks_are_left_out_for_all() -> None:
+    first, second, _ = made_sweep().points
+    gap = replace(second, measured=measured(POINTS[second.name], joules=False))
+
+    (found,) = sweep_record.fronts(made_sweep(points=(first, gap)))
+
+    assert found.objectives == ("accuracy lost", "latency", "bytes")
+    assert found.left_out == {"energy": "not measured for 3 of 6 candidates"}
+
+
+def test_sweep_without_a_finished_point_has_no_front() -> None:
+    assert sweep_record.fronts(made_sweep(points=made_sweep().points[2:])) == []
+
+
+# -- the pick
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"latency_ms": 1.3}, "x86-macs-x0.5/pair"),
+        ({"latency_ms": 1.0}, "x86-macs-x0.5/aggressive"),
+        ({"latency_ms": 0.5}, "x86-macs-x0.2/aggressive"),
+        ({"energy_mj": 4.0}, "x86-macs-x0.2/pair"),
+        ({"bytes": 700}, "x86-macs-x0.5/aggressive"),
+        ({"accuracy": 0.95}, "x86-macs-x0.5/aggressive"),
+        ({"accuracy": 0.96}, "x86-macs-x0.5/pair"),
+        ({"latency_ms": 2.0, "bytes": 900, "accuracy": 0.9}, "x86-macs-x0.5/mild"),
+    ],
+)
+def test_best_within_limits(limits: dict[str, Any], expected: str) -> None:
+    assert sweep_record.best(made_sweep(), "x86", **limits).name == expected
+
+
+def test_test_images_are_never_chosen_by() -> None:
+    rows = {
+        **POINTS["x86-macs-x0.5"],
+        "aggressive": (0.99, 0.80, 1.0, 5.0, 500),  # best where nobody may look
+    }
+    point = replace(made_sweep().points[0], measured=measured(rows))
+
+    chosen = sweep_record.best(made_sweep(points=(point,)), "x86", latency_ms=2.0)
+
+    assert chosen.variant == "pair"
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({}, "nothing to pick by"),
+        ({"latency_ms": 0.1}, "the closest is x86-macs-x0.2/aggressive with 0.4 ms"),
+        ({"accuracy": 0.99}, "the closest is x86-macs-x0.5/(mild|pair)"),
+        ({"latency_ms": 0.9, "accuracy": 0.95}, "the closest is"),
+    ],
+)
+def test_nothing_to_pick(folder: Path, limits: dict[str, Any], told: str) -> None:
+    with pytest.raises(RunError, match=told):
+        pick.pick(folder, **limits)
+
+
+def test_pick_by_joules_that_nobody_measured() -> None:
+    first, _, _ = made_sweep().points
+    gap = replace(first, measured=measured(POINTS[first.name], joules=False))
+
+    with pytest.raises(RunError, match="whose joules were measured"):
+        sweep_record.best(made_sweep(points=(gap,)), "x86", energy_mj=5.0)
+
+
+def test_pick_asks_for_one_of_the_targets(folder: Path) -> None:
+    with pytest.raises(RunError, match="x86"):
+        pick.pick(folder, latency_ms=1.0, target="cuda")
+
+
+# -- the page
+
+
+class Fetched(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name in ("src", "srcset", "href", "xlink:href", "data") and value:
+                self.found.append(value)
+        if tag in ("script", "iframe", "object", "embed", "link"):
+            self.found.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        self.found += re.findall(r"(?:@import|url\()\s*[\"']?([^\"')]+)", data)
+
+
+@pytest.fixture
+def page(folder: Path) -> tuple[dict[str, Any], Fetched, Path]:
+    pytest.importorskip("matplotlib")
+    from greenprune import sweep_report
+
+    answer = sweep_report.report(folder)
+    parsed = Fetched()
+    parsed.feed((folder / "front.html").read_text(encoding="utf-8"))
+    return answer, parsed, folder
+
+
+def test_page_stands_alone_and_says_what_is_there(page: Any) -> None:
+    answer, parsed, _ = page
+    words = " ".join(" ".join(parsed.words).split())
+
+    assert [each for each in parsed.found if not each.startswith(("#", "data:"))] == []
+    for name in POINTS:
+        assert name in words
+    assert "out of <reach>" in words, "a failed point's error, as text"
+    assert "the knee is x86-macs-x0.5/aggressive" in words
+    assert words.count("Accuracy against") == 3
+    assert "estimate" in words.lower()
+    assert answer["failed"] == ["x86-macs-x0.01"]
+    assert json.loads(json.dumps(answer, allow_nan=False))["fronts"] == answer["fronts"]
+
+
+def test_table_has_a_row_a_candidate(page: Any) -> None:
+    _, _, folder = page
+    with (folder / "front.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    assert len(rows) == 6
+    assert [row["point"] for row in rows if row["knee"] == "True"] == ["x86-macs-x0.5"]
+    assert float(rows[1]["latency_share"]) == 0.5
+    assert rows[1]["energy_provenance"] == "estimated_model"
+
+
+def test_page_without_joules_has_no_plot_of_them(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from greenprune import sweep_report
+
+    done, *_ = made_sweep().points
+    gap = replace(done, measured=measured(POINTS[done.name], joules=False, valid=False))
+    sweep_record.write(folder, made_sweep(points=(gap,)))
+
+    answer = sweep_report.report(folder)
+
+    text = (folder / "front.html").read_text(encoding="utf-8")
+    assert "Accuracy against energy" not in text
+    assert "energy is left out of the comparison" in text
+    assert "NOT VALID" in text
+    assert answer["fronts"]["x86"]["left_out"]

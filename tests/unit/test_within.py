@@ -1,0 +1,178 @@
+"""Cutting until the budgets hold: the measurement has the last word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from greenprune.errors import PruningError
+from greenprune.pruning import limits, optimise, within
+from greenprune.pruning.cost import count
+from greenprune.pruning.graph import Analysis, analyse
+
+EXAMPLE = torch.zeros(2, 3, 8, 8)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first, self.second = Residual(16), Residual(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(torch.relu(self.stem(x))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+@pytest.fixture(scope="module")
+def analysis(network: nn.Module) -> Analysis:
+    return analyse(network, EXAMPLE)
+
+
+def by_macs(network: nn.Module, analysis: Analysis) -> dict[str, optimise.Prices]:
+    """Milliseconds that are a millionth of the MACs."""
+    exact = optimise.exact_prices(analysis)["macs"]
+    terms = [
+        optimise.Term(
+            module=term.module,
+            in_width=term.in_width,
+            out_width=term.out_width,
+            in_groups=term.in_groups,
+            out_groups=term.out_groups,
+            cost=lambda ins, outs, cost=term.cost: cost(ins, outs) * 1e-6,
+        )
+        for term in exact.terms
+    ]
+    return {"latency_ms": optimise.Prices(constant=exact.constant * 1e-6, terms=terms)}
+
+
+def measuring(law: Callable[[float], float], seen: list[float]) -> within.Measure:
+    """A device whose milliseconds follow from the MACs by ``law``."""
+
+    def measure(dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
+        both = [law(count(each, EXAMPLE).macs * 1e-6) for each in (dense, pruned)]
+        seen.append(both[1] / both[0])
+        return both[0], both[1]
+
+    return measure
+
+
+def scores_of(analysis: Analysis) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {g.name: generator.uniform(0.5, 1.5, g.channels) for g in analysis.groups}
+
+
+def cut(network: nn.Module, analysis: Analysis, *texts: str, **others: object) -> within.Settled:
+    terms = within.Terms(
+        limits=limits.parse_all(texts),
+        width_multiple=1,
+        keep_at_least=float(others.pop("keep_at_least", 0.05)),  # type: ignore[arg-type]
+        way=float(others.pop("way", 1.0)),  # type: ignore[arg-type]
+        blocks=bool(others.pop("blocks", False)),
+    )
+    return within.cut_within(
+        terms,
+        network,
+        network,
+        analysis,
+        scores_of(analysis),
+        EXAMPLE,
+        by_macs,
+        **others,  # type: ignore[arg-type]
+    )
+
+
+def test_without_a_device_the_prediction_is_held(network: nn.Module, analysis: Analysis) -> None:
+    found = cut(network, analysis, "latency x0.5", "params <= 6000")
+    share = count(found.cut.network, EXAMPLE).macs / count(network, EXAMPLE).macs
+    assert 0.4 < share <= 0.5
+    assert count(found.cut.network, EXAMPLE).params <= 6000
+    assert found.measured_ms is None
+    assert found.tries == 1
+    assert found.choice.predicted["latency_ms"] == pytest.approx(
+        count(found.cut.network, EXAMPLE).macs * 1e-6
+    )
+
+
+@pytest.mark.parametrize("law", [lambda ms: ms + 0.2, lambda ms: ms**2, lambda ms: ms**0.7])
+def test_the_measured_network_is_within(
+    network: nn.Module, analysis: Analysis, law: Callable[[float], float]
+) -> None:
+    """A device that pays more, or less, for what is left than the table says."""
+    seen: list[float] = []
+    found = cut(network, analysis, "latency x0.6", measure=measuring(law, seen))
+    assert found.measured_ms is not None
+    assert found.allowed_ms is not None
+    assert found.measured_ms <= found.allowed_ms
+    assert found.measured_ms == pytest.approx(law(count(found.cut.network, EXAMPLE).macs * 1e-6))
+    # the nearest that was seen within the limit, and no more given up than had to be
+    assert found.measured_ms >= 0.85 * found.allowed_ms
+    assert len(seen) <= within.TRIES
+
+
+def test_an_absolute_limit_is_in_the_devices_own_milliseconds(
+    network: nn.Module, analysis: Analysis
+) -> None:
+    dense = 3 * count(network, EXAMPLE).macs * 1e-6
+    found = cut(
+        network, analysis, f"latency_ms <= {0.5 * dense}", measure=measuring(lambda ms: 3 * ms, [])
+    )
+    assert found.allowed_ms == pytest.approx(0.5 * dense)
+    assert 0.4 * dense < found.measured_ms <= 0.5 * dense  # type: ignore[operator]
+
+
+def test_what_no_choice_meets_is_refused_with_what_was_measured(
+    network: nn.Module, analysis: Analysis
+) -> None:
+    with pytest.raises(PruningError, match=r"latency x0\.5.*fastest at .* ms where .* allowed"):
+        cut(network, analysis, "latency x0.5", measure=measuring(lambda ms: 10 + ms, []))
+
+
+def test_a_step_goes_part_of_the_way(network: nn.Module, analysis: Analysis) -> None:
+    shares = [
+        count(cut(network, analysis, "macs x0.25", way=way).cut.network, EXAMPLE).macs
+        / count(network, EXAMPLE).macs
+        for way in (0.25, 0.5, 1.0)
+    ]
+    assert all(more > less for more, less in pairwise(shares))
+    assert 0.4 < shares[1] <= 0.5
+    assert shares[2] <= 0.25
+
+
+def test_blocks_go_whole_where_that_is_allowed(network: nn.Module, analysis: Analysis) -> None:
+    found = cut(network, analysis, "macs x0.2", blocks=True, keep_at_least=0.6)
+    assert found.choice.removed_blocks
+    assert count(found.cut.network, EXAMPLE).macs <= 0.2 * count(network, EXAMPLE).macs
+    with pytest.raises(PruningError, match="or allow blocks to go"):
+        cut(network, analysis, "macs x0.2", keep_at_least=0.6)
+
+
+def test_what_cannot_be_reached_is_found_without_a_device(
+    network: nn.Module, analysis: Analysis
+) -> None:
+    terms = within.Terms(limits=limits.parse_all(["latency x0.01"]), width_multiple=8)
+    within.check_reachable(terms, network, analysis, EXAMPLE, {})  # not priced yet
+    with pytest.raises(PruningError, match="latency"):
+        within.check_reachable(terms, network, analysis, EXAMPLE, by_macs(network, analysis))

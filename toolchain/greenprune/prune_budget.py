@@ -1,0 +1,157 @@
+"""The stage that prices a network's layers on the target, and budgets held to these prices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from greenprune import compilation, cost_tables, models, whole_networks
+from greenprune import stage_parts as parts
+from greenprune.errors import PruningError, StorageError
+from greenprune.harness import cost_probe, cost_table
+from greenprune.harness.cost_table import CostTable
+from greenprune.pipeline import Job, Work
+from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
+from greenprune.pruning.graph import Analysis
+from greenprune.pruning.layer_shapes import shapes_of
+from greenprune.pruning.predictor import Predictor
+from greenprune.recipe import Recipe
+from greenprune.registry import load_target, split_runtime
+
+STAGE = "price"
+TABLE = "table.json"
+MEASURED = ("latency_ms", "energy_mj")
+
+
+def is_asked(recipe: Recipe) -> bool:
+    """Whether a budget is in what only a device can tell."""
+    variants = (recipe.prune.mild, recipe.prune.aggressive)
+    return any(
+        limit.quantity in MEASURED for own in variants for limit in limits.parse_all(own.budget)
+    )
+
+
+def price(work: Work) -> dict[str, Any]:
+    """Measure what the network's layers cost, or take the table that was carried back; find out
+    now, and not after hours of training, whether the budgets can be reached."""
+    job = work.job
+    network, example = parts.load(job, "train")[0], parts.example_of(job.data)
+    analysis = surgery.analyse_and_try(network, example)
+    layers = shapes_of(network, example, analysis)
+    target = job.recipe.compile.target
+    if job.recipe.prune.cost_table is not None:
+        table = cost_tables.table_from_file(
+            Path(job.recipe.prune.cost_table), layers, target=target
+        )
+        told = "carried back"
+    else:
+        table = cost_tables.table_for(
+            layers,
+            target=target,
+            runtime=_fastest(job, network),
+            threads=job.recipe.threads,
+            network=job.recipe.name,
+            grid_block=width_multiple(job),
+        )
+        told = f"{table.seconds:.0f} s of measuring"
+    cost_table.write(table, work.folder / TABLE)
+    for variant in parts.PRUNED:
+        prices = Predictor(layers, table).prices()
+        within.check_reachable(terms_of(job, variant), network, analysis, example, prices)
+    return {
+        "runtime": table.runtime,
+        "threads": table.threads,
+        "block_width": table.block_width,
+        "shapes": len(table.costs),
+        "headline": f"{len(table.costs)} shapes on {table.runtime} ({told}), "
+        f"kernels in blocks of {table.block_width}",
+    }
+
+
+def write_graphs(job: Job, output: Path, runtime: str | None) -> Path:
+    """What a device elsewhere measures its table from; see :func:`greenprune.api.cost_graphs`."""
+    if output.exists() and not (output / cost_probe.PLAN).is_file():
+        raise StorageError(
+            f"{output}: exists and is no folder of graphs for a cost table; choose another with -o"
+        )
+    model = job.recipe.model
+    network = models.build(model.factory, model.arguments).eval()
+    example = parts.example_of(job.data)
+    analysis = surgery.analyse_and_try(network, example)
+    probe_graphs.write_folder(
+        output,
+        shapes_of(network, example, analysis),
+        target=load_target(job.recipe.compile.target),
+        runtime=runtime or _in_precision(job)[0],
+        network=job.recipe.name,
+        grid_block=width_multiple(job),
+    )
+    return output
+
+
+def _in_precision(job: Job) -> list[str]:
+    """The target's runtimes, in the precision that is asked for."""
+    precision = job.recipe.compile.precision
+    return [name for name in compilation.runtimes(job) if split_runtime(name)[1] == precision]
+
+
+def _fastest(job: Job, network: nn.Module) -> str:
+    """The runtime that the dense network is fastest on, in the precision that is asked for."""
+    if not load_target(job.recipe.compile.target).is_here():
+        raise PruningError(
+            f"budgets in latency or energy of '{job.recipe.compile.target}' need a table measured "
+            "on it, and this machine is none; write the graphs with `greenprune cost-table`, "
+            "measure them there, and name the table in prune.cost_table"
+        )
+    wanted = _in_precision(job)
+    if len(wanted) == 1:
+        return wanted[0]
+    return whole_networks.race_networks(job, {"dense": network}, wanted).order[0]
+
+
+def terms_of(job: Job, variant: str, *, step: int = 1) -> within.Terms:
+    """What a variant may cost after a step of the recipe's."""
+    settings = job.recipe.prune
+    return within.Terms(
+        limits=limits.parse_all(getattr(settings, variant).budget),
+        width_multiple=width_multiple(job),
+        keep_at_least=settings.keep_at_least,
+        blocks=settings.blocks and step == 1,  # a record has blocks go before channels
+        way=step / settings.steps,
+    )
+
+
+def width_multiple(job: Job) -> int:
+    """What the recipe says, or what the target's kernels are blocked for."""
+    target = load_target(job.recipe.compile.target)
+    return job.recipe.prune.width_multiple or target.capabilities.width_multiple
+
+
+def price_of(job: Job) -> within.Price:
+    """What the run's table says of a network; nothing where no budget asks for one."""
+    if not is_asked(job.recipe):
+        return lambda network, analysis: {}
+    job.results(STAGE)  # finished, and up to date
+    table: CostTable = cost_table.read(job.place(STAGE) / TABLE)
+    example = parts.example_of(job.data)
+
+    def of(network: nn.Module, analysis: Analysis) -> dict[str, optimise.Prices]:
+        return Predictor(shapes_of(network, example, analysis), table).prices()
+
+    return of
+
+
+def measure_of(job: Job) -> within.Measure | None:
+    """How two networks are measured side by side; None where the device is not here."""
+    if not is_asked(job.recipe) or not load_target(job.recipe.compile.target).is_here():
+        return None
+    runtime = str(job.results(STAGE)["runtime"])
+
+    def milliseconds(dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
+        networks = {"dense": dense, "pruned": pruned}
+        latency = whole_networks.race_networks(job, networks, [runtime]).racers[0].latency_ms
+        return latency["dense"].value, latency["pruned"].value
+
+    return milliseconds

@@ -1,0 +1,236 @@
+"""Cutting a network until it is within its budgets, as measured where that can be done.
+
+A limit on latency is held to the whole network as it is measured, and not to the sum of a table:
+where the two disagree, the limit that the solver is given moves until the measured network is
+within the user's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from greenprune.errors import PruningError
+from greenprune.pruning import limits, optimise, removal, surgery
+from greenprune.pruning.graph import Analysis, analyse
+from greenprune.pruning.limits import Limit
+from greenprune.pruning.scores import Scores
+
+TRIES = 5
+SPARE = 0.05
+"""A network measured this much below its limit has given up more than it had to."""
+
+Price = Callable[[nn.Module, Analysis], Mapping[str, optimise.Prices]]
+"""What a network costs at each of its widths, by quantity, beside MACs and parameters."""
+Measure = Callable[[nn.Module, nn.Module], tuple[float, float]]
+"""Milliseconds of two networks, measured side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a network may cost, and how it may get there."""
+
+    limits: tuple[Limit, ...]
+    width_multiple: int = 8
+    keep_at_least: float = 0.2
+    blocks: bool = False
+    """Whether residual blocks may go whole."""
+    way: float = 1.0
+    """How much of the way from the dense network to the limits is to be gone, in (0, 1], on a
+    logarithmic scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What goes, and what it came to."""
+
+    choice: optimise.Choice
+    cut: removal.Cut
+    dense: dict[str, float]
+    """Each quantity of the dense network, by its prices."""
+    goals: dict[str, float]
+    """By limited quantity: what the prediction was held to before measuring corrected it."""
+    tries: int
+    dense_measured_ms: float | None = None
+    allowed_ms: float | None = None
+    measured_ms: float | None = None
+    """Of the network that is left; None where latency has no limit or was not measured."""
+
+
+def cut_within(
+    terms: Terms,
+    dense: nn.Module,
+    network: nn.Module,
+    analysis: Analysis,
+    scores: Scores,
+    example_input: Tensor,
+    price: Price = lambda network, analysis: {},
+    measure: Measure | None = None,
+) -> Settled:
+    """Cut out the channels and blocks that matter least, so that all limits hold.
+
+    Args:
+        terms: see there.
+        dense: what shares refer to, in eval mode.
+        network: that is cut, in eval mode: the dense one, or what earlier steps have left of it.
+        analysis: of ``network``.
+        scores: of ``network``.
+        example_input: [N, ...].
+        price: for limits other than of MACs and parameters.
+        measure: None: a limit on latency is held to the prediction.
+
+    Raises:
+        PruningError: a limit is out of reach, by its prices or as measured.
+    """
+    prices = price(network, analysis)
+    whole = _whole(dense, example_input, price)
+    goals: dict[str, float] = {
+        limit.quantity: _along(terms.way, whole[limit.quantity], limit) for limit in terms.limits
+    }
+    blocks = surgery.removable_blocks(network, example_input) if terms.blocks else {}
+    latency = next((limit for limit in terms.limits if limit.quantity == "latency_ms"), None)
+    aims: list[tuple[float, float]] = []
+    found: list[Settled] = []
+    for tries in range(1, TRIES + 1):
+        aim = _aim(aims)
+        asked = [
+            Limit(
+                quantity=limit.quantity,
+                value=goals[limit.quantity] * (aim if limit is latency else 1.0),
+            )
+            for limit in terms.limits
+        ]
+        try:
+            choice = optimise.choose(
+                analysis,
+                scores,
+                asked,
+                prices=prices,
+                width_multiple=terms.width_multiple,
+                keep_at_least=terms.keep_at_least,
+                blocks=blocks,
+            )
+        except PruningError:
+            if not found:
+                raise
+            break  # the next aim asks for more than can be had
+        cut = removal.cut(
+            network, example_input, analysis.groups, choice.removed, choice.removed_blocks
+        )
+        settled = Settled(choice=choice, cut=cut, dense=whole, goals=goals, tries=tries)
+        if latency is None or measure is None:
+            return settled
+        dense_ms, pruned_ms = measure(dense, cut.network)
+        settled = replace(
+            settled,
+            dense_measured_ms=dense_ms,
+            allowed_ms=_along(terms.way, dense_ms, latency),
+            measured_ms=pruned_ms,
+        )
+        found.append(settled)
+        over = pruned_ms / _along(terms.way, dense_ms, latency)
+        if 1 - SPARE <= over <= 1 or (over < 1 and not choice.removed):
+            break
+        aims.append((aim, over))
+    return _best(found, terms)
+
+
+def _aim(tried: list[tuple[float, float]]) -> float:
+    """What to multiply the limit by that the prediction is held to.
+
+    Args:
+        tried: what was, and measured over allowed then. Between the nearest on both sides of 1 the
+            logarithms are interpolated; with one side alone, the ratio is believed.
+    """
+    if not tried:
+        return 1.0
+    wanted = 1 - SPARE / 2
+    below = max((each for each in tried if each[1] <= 1), default=None)
+    above = min((each for each in tried if each[1] > 1), default=None)
+    if below is None or above is None or below[0] >= above[0]:
+        aim, over = tried[-1]
+        return aim * wanted / over
+    (low, under), (high, over) = below, above
+    part = math.log(wanted / under) / math.log(over / under)
+    return float(low * (high / low) ** part)
+
+
+def _best(found: list[Settled], terms: Terms) -> Settled:
+    """The choice that keeps most, of those that were measured within their limit."""
+    within = [each for each in found if (each.measured_ms or 0) <= (each.allowed_ms or 0)]
+    if within:
+        return max(within, key=lambda each: each.choice.importance_kept)
+    nearest = min(found, key=lambda each: each.measured_ms or 0)
+    asked = ", ".join(str(limit) for limit in terms.limits)
+    raise PruningError(
+        f"budget {asked}: {len(found)} choices were measured, the fastest at "
+        f"{nearest.measured_ms:.3g} ms where {nearest.allowed_ms:.3g} ms are allowed (dense: "
+        f"{nearest.dense_measured_ms:.3g} ms); raise the budget, or lower prune.keep_at_least"
+    )
+
+
+def check_reachable(
+    terms: Terms,
+    network: nn.Module,
+    analysis: Analysis,
+    example_input: Tensor,
+    prices: Mapping[str, optimise.Prices],
+) -> None:
+    """Whether limits can be reached follows from structure and prices; unpriced ones are left out.
+
+    Raises:
+        PruningError: they cannot; the smallest values that can be reached are named.
+    """
+    known = {"macs", "params", *prices}
+    optimise.choose(
+        analysis,
+        {group.name: np.ones(group.channels) for group in analysis.groups},
+        [limit for limit in terms.limits if limit.quantity in known],
+        prices=prices,
+        width_multiple=terms.width_multiple,
+        keep_at_least=terms.keep_at_least,
+        blocks=surgery.removable_blocks(network, example_input) if terms.blocks else {},
+    )
+
+
+def described(settled: Settled) -> dict[str, Any]:
+    """A step towards a budget, as plain data."""
+    choice = settled.choice
+    return {
+        "importance_kept": choice.importance_kept,
+        "removed_blocks": list(choice.removed_blocks),
+        "gap": choice.gap,
+        "tries": settled.tries,
+        "quantities": {
+            name: {"dense": settled.dense[name], "goal": goal, "predicted": choice.predicted[name]}
+            for name, goal in settled.goals.items()
+        },
+        "latency_ms": {
+            "dense": settled.dense_measured_ms,
+            "allowed": settled.allowed_ms,
+            "measured": settled.measured_ms,
+        },
+    }
+
+
+def _along(way: float, dense: float, limit: Limit) -> float:
+    """Between the dense network's value and what the limit allows."""
+    return float(dense ** (1 - way) * limits.allowed(limit, dense) ** way)
+
+
+def _whole(dense: nn.Module, example_input: Tensor, price: Price) -> dict[str, float]:
+    analysis = analyse(dense, example_input)
+    prices = {**optimise.exact_prices(analysis), **price(dense, analysis)}
+    return {name: _total(each) for name, each in prices.items()}
+
+
+def _total(prices: optimise.Prices) -> float:
+    each = (
+        term.cost(np.array([term.in_width]), np.array([term.out_width])) for term in prices.terms
+    )
+    return prices.constant + float(sum(cost[0] for cost in each))

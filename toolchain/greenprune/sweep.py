@@ -1,0 +1,167 @@
+"""Many points of one recipe, each a run of its own, on one machine or a cluster, with Ray.
+
+``runs/<name>/<point>/`` is a run like any other; ``runs/<name>/base/`` trains and sparsifies once,
+and every point takes these stages over. Trainings share a machine; whatever measures has it to
+itself. A sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from greenprune import api, pipeline, schema, storage, sweep_cluster, sweep_record, sweep_worker
+from greenprune import recipe as recipes
+from greenprune.cores import usable_cores
+from greenprune.errors import RunError
+from greenprune.progress import progress, say
+from greenprune.recipe import Recipe
+from greenprune.sweep_points import BASE, plan
+from greenprune.sweep_record import Point, Sweep
+
+LAST_UNMEASURED = "calibrate"
+"""After this stage a run compiles, races and measures, and wants the machine to itself."""
+RETRIES = 2
+"""Of a task whose worker died; it goes on at the stage, or the epoch, where that one was."""
+
+
+def sweep(
+    recipe: str | Path | None = None,
+    *,
+    budgets: Sequence[Sequence[str]],
+    targets: Sequence[str] = ("x86",),
+    mild: Sequence[str] | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+    overrides: Sequence[str] = (),
+    runs: Path = api.RUNS,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Run every pair of a target and a set of budgets, and compare what they came to.
+
+    Args:
+        recipe: a TOML file or a built-in recipe's name; None: ``lenet5-digits``.
+        budgets: of each point's aggressive network, as :func:`greenprune.pruning.limits.parse`
+            reads them; the texts of one point hold all at once.
+        targets: as ``greenprune targets`` lists them; they must be measurable where the workers
+            are.
+        mild: budgets of every point's mild network; None: half-way between the aggressive one's
+            shares and the dense network; where these are no shares, the recipe's.
+        address: a Ray cluster, ``auto`` or ``ray://host:port``, whose nodes see ``runs`` and have
+            this greenprune; None: a Ray of its own on this machine.
+        workers: how many points train at once on this machine; None: one a core. A cluster has a
+            number of its own.
+        overrides: ``"section.key=value"`` strings, for all points.
+        runs: the folder that holds all runs.
+        name: the sweep's folder name; by default the recipe's and ``-sweep``.
+
+    Returns:
+        ``{"sweep", "page", "points", "failed", "fronts"}``: the folder, its page, the points of
+        ``sweep.json``, the names of those that failed (the others are finished) and, by target,
+        ``objectives``, ``left_out``, ``hypervolume``, ``knee`` and ``front``.
+
+    Raises:
+        RecipeError: a budget or an override that cannot be; nothing is begun.
+        RunError: the cluster does not answer, or its nodes do not see ``runs``; another sweep is at
+            work in the same folder; the training that all points share failed.
+        MissingPackageError: Ray is not installed.
+    """
+    planned = plan(recipe, budgets, targets, mild=mild, overrides=overrides)
+    title = recipes.load(recipe, overrides).name
+    if name is not None:
+        recipes.check_name(name, "--name")
+    folder = (runs / (name or f"{title}-sweep")).absolute()
+    if (folder / pipeline.RUN_FILE).is_file():
+        raise RunError(f"{folder}: is a run, expected a sweep's folder; choose another --name")
+    found = Sweep(name=folder.name, recipe=title, points=tuple(point for point, _ in planned))
+    at_once = workers or min(len(planned), usable_cores())
+    with _alone(folder), sweep_cluster.joined(address, at_once) as ray:
+        sweep_cluster.check_nodes(ray, folder)
+        sweep_record.write(folder, found)
+        with progress("points", len(planned)) as advance:
+            for number, point in enumerate(_ended_points(ray, folder, planned), start=1):
+                points = (point if old.name == point.name else old for old in found.points)
+                found = replace(found, points=tuple(points))
+                sweep_record.write(folder, found)
+                say(f"[{number}/{len(planned)}] {point.name}: {point.error or point.state}")
+                advance()
+    from greenprune import sweep_report
+
+    return sweep_report.report(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with storage.storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # an OSError too
+            raise RunError(
+                f"{folder}: another sweep is at work here; wait for it, or choose another --name"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _ended_points(
+    ray: Any, folder: Path, planned: Sequence[tuple[Point, Recipe]]
+) -> Iterator[Point]:
+    """Each point as it ends, done or failed, in the order in which they end."""
+    whole = sweep_cluster.whole_node(ray)
+
+    def begin(cpus: float, function: Any, *arguments: Any) -> Any:
+        return ray.remote(num_cpus=cpus, max_retries=RETRIES)(function).remote(*arguments)
+
+    say("[base] train and sparsify …")
+    shared = begin(whole, sweep_worker.train_base, schema.encode(planned[0][1]), str(folder / BASE))
+    failure = _failure(ray, shared)
+    if failure:
+        raise RunError(f"{folder / BASE}, the training that all points share, failed: {failure}")
+    pending: dict[Any, Point] = {}
+    for point, recipe in planned:
+        place = folder / point.name
+        if sweep_worker.is_finished(recipe, place):
+            yield _ended(point, place, None)
+        else:
+            pending[_submit(begin, whole, recipe, place)] = point
+    while pending:
+        (ended,), _ = ray.wait(list(pending), num_returns=1)
+        point = pending.pop(ended)
+        yield _ended(point, folder / point.name, _failure(ray, ended))
+
+
+def _submit(begin: Any, whole: float, recipe: Recipe, place: Path) -> Any:
+    """A point's tasks, one after the other: those that measure ask for a whole node."""
+    from greenprune import prune_budget
+
+    own = (schema.encode(recipe), str(place))
+    before = None
+    if prune_budget.is_asked(recipe):
+        before = begin(whole, sweep_worker.advance, before, *own, "prune", False)
+    before = begin(1, sweep_worker.advance, before, *own, LAST_UNMEASURED, True)
+    return begin(whole, sweep_worker.finish, before, *own)
+
+
+def _failure(ray: Any, task: Any) -> str | None:
+    """What a task says went wrong; also where its worker died."""
+    try:
+        told: str | None = ray.get(task)
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines()
+        return f"its worker died {1 + RETRIES} times: {lines[0] if lines else type(error).__name__}"
+    return told
+
+
+def _ended(point: Point, place: Path, failure: str | None) -> Point:
+    if failure:
+        return replace(point, state="failed", error=failure)
+    return replace(point, state="done", measured=sweep_record.read_point(place))

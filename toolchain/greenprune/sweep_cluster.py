@@ -1,0 +1,174 @@
+"""Ray: one of our own on this machine, or a cluster that is there already.
+
+Ray reports usage statistics to its makers unless told not to; here it is always told not to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from greenprune._version import __version__
+from greenprune.cores import usable_cores
+from greenprune.errors import MissingPackageError, RunError
+
+ANSWER_SECONDS = 30.0
+"""How long an address has to answer."""
+START_TRIES = 3
+"""Ray gives its own daemons 30 s to start, which is little on a busy machine."""
+STORE_BYTES = 100 << 20
+"""Shared memory of our own Ray; what travels between tasks is text, and files go by the disk."""
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry, here and in the workers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks that ask for no GPU may still use one
+}
+PROBE = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+ray.cluster_resources()
+"""
+
+
+@contextmanager
+def joined(address: str | None, workers: int) -> Iterator[Any]:
+    """Yield the module ``ray``, connected; disconnect, or stop our own Ray, in the end.
+
+    Args:
+        address: of a cluster; None: a Ray of our own, which listens on this machine alone.
+        workers: tasks at once on a Ray of our own.
+
+    Raises:
+        MissingPackageError: Ray is not installed.
+        RunError: the address does not answer, or Ray does not start.
+    """
+    os.environ.update(ENVIRONMENT)
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPackageError("ray", "sweep") from error
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        _start(ray, workers, quiet)
+    else:
+        _probe(address)
+        ray.init(address=address, **quiet)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _start(ray: Any, workers: int, quiet: dict[str, Any]) -> None:
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                object_store_memory=STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+            return
+        except Exception as error:  # Ray's own are plain ones too
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            if not left:
+                raise RunError(
+                    f"Ray did not start on this machine in {START_TRIES} tries: {_last_line(error)}"
+                    "; make room on the machine, or set RAY_TMPDIR to a folder with a short path, "
+                    "and run the same command again"
+                ) from error
+
+
+def _probe(address: str) -> None:
+    """Ask in a process of its own, which can be ended: Ray itself may wait, or abort."""
+    expected = (
+        f"--address {address}: expected a Ray cluster that answers within {ANSWER_SECONDS:.0f} s"
+    )
+    advice = "start one with `ray start --head`, or leave --address out"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, address],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{expected}, got no answer; {advice}") from None
+    if done.returncode:
+        raise RunError(f"{expected}, got: {_last_line(done.stderr)}; {advice}")
+
+
+def _last_line(told: object) -> str:
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else "no reason given"
+
+
+def check_nodes(ray: Any, folder: Path) -> None:
+    """Every node must see the sweep's folder and have this version of greenprune.
+
+    Raises:
+        RunError: one does not.
+    """
+    token = folder / f".token-{uuid.uuid4().hex}"
+    token.touch()
+    try:
+        for node in _nodes(ray):
+            _check_node(ray, node, token)
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _check_node(ray: Any, node: dict[str, Any], token: Path) -> None:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+    asked = ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(str(token))
+    where = f"Ray node {node.get('NodeManagerAddress', node['NodeID'])}"
+    try:
+        sees, version = ray.get(asked, timeout=4 * ANSWER_SECONDS)
+    except Exception as error:  # of Ray's tree, or what the node raised
+        raise RunError(
+            f"{where}: expected one with greenprune {__version__} that runs tasks, got: "
+            f"{_last_line(error)}; install it there"
+        ) from error
+    if version != __version__:
+        raise RunError(f"{where}: expected greenprune {__version__}, got {version}; install it")
+    if not sees:
+        raise RunError(
+            f"{where} does not see {token.parent}: all nodes must share the folder of runs; choose "
+            "one that they share with --runs"
+        )
+
+
+def look(token: str) -> tuple[bool, str]:
+    """On a node: whether the file is there, and which greenprune."""
+    return Path(token).is_file(), __version__
+
+
+def _nodes(ray: Any) -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
+def whole_node(ray: Any) -> float:
+    """CPUs of the largest node: a task that asks for them has its node to itself, and on a cluster
+    all measurements are made on nodes of one size."""
+    return max(float(node["Resources"]["CPU"]) for node in _nodes(ray))
+
+
+def threads_of_a_task() -> int:
+    """In a worker: cores of this node for each of its CPUs in Ray."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    cpus = next(node["Resources"]["CPU"] for node in _nodes(ray) if node["NodeID"] == here)
+    return max(1, int(usable_cores() // cpus))
