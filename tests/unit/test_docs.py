@@ -24,6 +24,7 @@ INHERITED = {
     "finetune.aggressive": "finetune.mild",
     "finetune.mild": "train",
     "prune.aggressive": "prune.mild",
+    "prune.between": "finetune.mild",
     "prune.gates": "train",
     "sparsify": "train",
 }
@@ -35,7 +36,7 @@ def recipes_in(page: str) -> list[dict[str, Any]]:
     return [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/budgets.md", "docs/recipes.md"])
 def test_recipes_in_the_docs_are_valid(page: str) -> None:
     found = recipes_in(page)
     assert found

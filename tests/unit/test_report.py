@@ -124,6 +124,23 @@ SUMMARY: dict[str, Any] = {
     },
     "widths": [{"layer": "conv$1_2", "dense": 16, "mild": 8, "aggressive": 8}],
     "layer_macs": [{"layer": "conv$1_2", "dense": 1600, "mild": 800, "aggressive": 0}],
+    "budgets": [
+        {
+            "variant": "aggressive",
+            "step": 1,
+            "quantity": quantity,
+            "dense": dense,
+            "allowed": dense / 2,
+            "predicted": predicted,
+            "measured": measured,
+            "importance_kept": 0.875,
+            "removed_blocks": ["layer1.2"],
+        }
+        for quantity, dense, predicted, measured in (
+            ("latency, ms", 3.32, 1.58, 1.61),
+            ("parameters", 853018.0, 404321.0, None),
+        )
+    ],
     "caveats": ["a first look"],
 }
 
@@ -188,6 +205,12 @@ def test_page_tells_preset_provenance_and_caveats(page: str) -> None:
     assert "conv$1_2" in page  # drawn as it is
     assert "mathdefault" not in page
     assert "prefers-color-scheme: dark" in page
+
+
+def test_page_shows_allowed_predicted_and_measured_side_by_side(page: str) -> None:
+    rows = [" ".join(re.findall(r">([^<>]+)<", row)) for row in re.findall(r"<tr>.*?</tr>", page)]
+    assert "aggressive, step 1 latency, ms 3.32 1.66 1.58 1.61 87.5% 1" in rows
+    assert "aggressive, step 1 parameters 853,018 426,509 404,321 - 87.5% 1" in rows
 
 
 def test_user_text_is_escaped(page: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,13 @@ from greenprune.nncec.account import Account
 from greenprune.pipeline import Job
 
 VARIANTS = (*NETWORKS, "pair")
+QUANTITIES = {
+    "latency_ms": "latency, ms",
+    "energy_mj": "energy, mJ",
+    "macs": "MACs",
+    "params": "parameters",
+}
+"""That a budget may limit."""
 
 
 def summarise(job: Job) -> dict[str, Any]:
@@ -117,9 +125,34 @@ def report_input(job: Job, account: Account) -> dict[str, Any]:
             for layer, width in pruned["mild"]["dense_widths"].items()
         ],
         "layer_macs": _layer_macs(job),
+        "budgets": list(_budgets(pruned)),
         "caveats": _caveats(job, results),
     }
     return {"run_summary": summary, "results": results, "account": account}
+
+
+def _budgets(pruned: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """For each step towards a variant's budget and each limited quantity: what was allowed, what
+    was predicted, and what was measured (None where it was not)."""
+    for variant in ("mild", "aggressive"):
+        for number, step in enumerate(pruned[variant].get("budget", []), start=1):
+            for quantity, found in step["quantities"].items():
+                latency = step["latency_ms"] if quantity == "latency_ms" else {}
+                measured = latency.get("measured")
+                dense, allowed = found["dense"], found["goal"]
+                if measured is not None:
+                    dense, allowed = latency["dense"], latency["allowed"]
+                yield {
+                    "variant": variant,
+                    "step": number,
+                    "quantity": QUANTITIES[quantity],
+                    "dense": dense,
+                    "allowed": allowed,
+                    "predicted": found["predicted"],
+                    "measured": measured,
+                    "importance_kept": step["importance_kept"],
+                    "removed_blocks": step["removed_blocks"],
+                }
 
 
 def _layer_macs(job: Job) -> list[dict[str, Any]]:

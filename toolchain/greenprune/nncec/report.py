@@ -29,7 +29,9 @@ def write_report(
         run_summary: ``name``, ``seed``, ``machine`` (plain data), ``variants`` (name to
             ``accuracy``, ``macs``, ``params`` and, of the pair, ``accept_rate``), ``selector``,
             ``dial`` (``runtime``, ``reference``, ``table``), ``widths`` and ``layer_macs`` (rows of
-            ``layer``, ``dense``, ``mild``, ``aggressive``) and ``caveats``.
+            ``layer``, ``dense``, ``mild``, ``aggressive``), ``budgets`` (rows of ``variant``,
+            ``step``, ``quantity``, ``dense``, ``allowed``, ``predicted``, ``measured`` or None,
+            ``importance_kept``, ``removed_blocks``) and ``caveats``.
         results: what was measured; None where nothing was.
         account: the carbon account; None where there is none.
 
@@ -88,6 +90,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
         spent=words.spent,
         break_evens=words.break_evens,
         plain=_plain,
+        quantity=_quantity,
         fleet=words.describe_fleet,
         intensity=words.describe_intensity,
         md=_markdown,
@@ -103,6 +106,13 @@ def _unbroken(text: str) -> str:
 def _markdown(text: object) -> str:
     """Text that neither ends a table's cell nor becomes a tag."""
     return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def _quantity(value: float | None) -> str:
+    """A number that may be of any size; '-' where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _plain(value: object) -> str:
