@@ -11,13 +11,8 @@ import pytest
 from greenprune import schema, storage
 from greenprune.errors import MeasurementError
 from greenprune.harness import cost_table
-from greenprune.harness.cost_probe import (
-    Chain,
-    ProbePlan,
-    ProbePoint,
-    ProbeShape,
-    measure,
-)
+from greenprune.harness.cost_plan import Chain, ProbePlan, ProbePoint, ProbeShape
+from greenprune.harness.cost_probe import measure
 from greenprune.harness.cost_table import LayerShape, Lookup
 from greenprune.registry import Build, load_target
 

@@ -18,14 +18,8 @@ import pytest
 from greenprune import schema, storage
 from greenprune.errors import MeasurementError, TargetError
 from greenprune.harness import cost_probe, cost_table, cost_worker, protocol
-from greenprune.harness.cost_probe import (
-    Chain,
-    ProbePlan,
-    ProbePoint,
-    ProbeShape,
-    measure,
-    read_plan,
-)
+from greenprune.harness.cost_plan import Chain, ProbePlan, ProbePoint, ProbeShape, read_plan
+from greenprune.harness.cost_probe import measure
 from greenprune.harness.cost_table import LayerShape
 from greenprune.registry import Capabilities
 

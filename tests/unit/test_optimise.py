@@ -22,7 +22,15 @@ from greenprune.pruning.blocks import Block, removable_blocks
 from greenprune.pruning.cost import Cost, count
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit, parse_all
-from greenprune.pruning.optimise import Choice, Ints, Prices, Term, choose, exact_prices
+from greenprune.pruning.optimise import (
+    Choice,
+    Ints,
+    Prices,
+    Term,
+    choose,
+    exact_prices,
+)
+from greenprune.pruning.program import stdout_to_stderr
 from greenprune.pruning.scores import Scores
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -508,7 +516,7 @@ def test_where_all_widths_are_too_many_it_goes_from_coarse_to_fine(
     _, analysis, _ = prepared("Plain")
     scores, limits = some_scores(analysis, 8), parse_all(["macs x0.5"])
     exact = choose(analysis, scores, limits, width_multiple=1, gap=0.0)
-    monkeypatch.setattr("greenprune.pruning.optimise.MOST_VARIABLES", 60)
+    monkeypatch.setattr("greenprune.pruning.optimise.MOST_VARIABLES", 120)
 
     coarse = choose(analysis, scores, limits, width_multiple=1)
 

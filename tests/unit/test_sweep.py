@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import sys
+import types
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,9 +18,20 @@ import pytest
 pytest.importorskip("torch", reason="a sweep needs the extra 'host'")
 pytest.importorskip("moocore", reason="the hypervolume needs the extra 'sweep'")
 
-from greenprune import pick, pipeline, schema, storage, sweep_points, sweep_record, sweep_worker
+from greenprune import (
+    pick,
+    pipeline,
+    schema,
+    storage,
+    sweep,
+    sweep_cluster,
+    sweep_points,
+    sweep_record,
+    sweep_worker,
+)
 from greenprune import recipe as recipes
-from greenprune.errors import RecipeError, RunError
+from greenprune._version import __version__
+from greenprune.errors import MissingPackageError, RecipeError, RunError
 from greenprune.sweep_record import Energy, Figures, Measured, Point, Sweep
 
 # accuracy, development accuracy, ms, mJ, bytes
@@ -45,6 +59,8 @@ def figures(row: tuple[float, float, float, float, int], joules: bool = True) ->
         params=size,
         bytes=size,
         latency_ms={"onnxruntime": {"mean": mean, "p50": 0.9 * mean}},
+        latency_share=mean / DENSE[2],
+        energy_share=energy / DENSE[3] if joules else None,
         energy_mj=Energy(
             value=energy, low=0.5 * energy, high=2 * energy, provenance="estimated_model"
         )
@@ -257,6 +273,139 @@ def test_damaged_record_is_not_finished(tmp_path: Path) -> None:
     assert not sweep_worker.is_finished(recipe, tmp_path / "point")
 
 
+def test_what_goes_wrong_with_one_point_is_told_and_kept(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RunError("expected this, got that; do so")
+
+    def break_down() -> None:
+        raise ZeroDivisionError("by zero")
+
+    assert sweep_worker._told(tmp_path, lambda: None) is None
+    assert sweep_worker._told(tmp_path, refuse) == "expected this, got that; do so"
+    assert not (tmp_path / "error.txt").exists()
+    assert "ZeroDivisionError: by zero" in str(sweep_worker._told(tmp_path, break_down))
+    assert "in break_down" in (tmp_path / "error.txt").read_text()
+
+
+# -- Ray
+
+
+def test_sweep_without_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+    with pytest.raises(MissingPackageError, match=r"greenprune\[sweep\]"):
+        sweep.sweep(budgets=[["macs x0.5"]], runs=tmp_path)
+
+
+@pytest.mark.parametrize("address", [None, "ray://host:10001"])
+def test_environment_that_ray_starts_in(
+    monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    seen: dict[str, str] = {}
+    fake = types.SimpleNamespace(
+        init=lambda **_: seen.update(os.environ), shutdown=lambda: seen.update(stopped="yes")
+    )
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(sweep_cluster, "_probe", lambda _: None)
+
+    with sweep_cluster.joined(address, 2):
+        assert seen["RAY_USAGE_STATS_ENABLED"] == "0", "telemetry"
+        assert ("RAY_AUTH_TOKEN" in seen) == (address is None), "a cluster has a token of its own"
+    assert seen["stopped"] == "yes"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("address", "probe", "seconds", "told"),
+    [
+        (
+            "auto",
+            "import sys; sys.exit('first line\\n  no cluster here.')",
+            30.0,
+            "no cluster here;",
+        ),
+        ("auto", "import time; time.sleep(60)", 0.2, "got: nothing within 0.2 s;"),
+        ("ray://127.0.0.1:1", "", 30.0, "refused"),
+        ("127.0.0.1:1", "", 30.0, "refused"),
+    ],
+)
+def test_address_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, address: str, probe: str, seconds: float, told: str
+) -> None:
+    monkeypatch.setattr(sweep_cluster, "PROBE", probe)
+    monkeypatch.setattr(sweep_cluster, "ANSWER_SECONDS", seconds)
+
+    with pytest.raises(RunError, match=re.escape(told)) as caught:
+        sweep_cluster._probe(address)
+    assert f"--address {address}: expected a Ray cluster" in str(caught.value)
+
+
+class Cluster:
+    """Two nodes; what they answer to a look at the folder."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        alive = {"Alive": True, "NodeManagerAddress": "10.0.0.7"}
+        return [
+            {**alive, "NodeID": "a" * 56, "Resources": {"CPU": 4.0}},
+            {**alive, "NodeID": "b" * 56, "Resources": {"CPU": 8.0}},
+            {**alive, "NodeID": "c" * 56, "Resources": {}},
+            {"Alive": False, "NodeID": "d" * 56, "Resources": {"CPU": 64.0}},
+        ]
+
+    def remote(self, **_: Any) -> Any:
+        return lambda function: type("Task", (), {"remote": staticmethod(function)})
+
+    def get(self, found: Any, timeout: float) -> Any:
+        assert found == (True, __version__), "the token is there while it is looked for"
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ((False, __version__), "10.0.0.7 does not see .*--runs"),
+        ((True, "0.0.1"), "got 0.0.1"),
+        (ModuleNotFoundError("No module named 'greenprune'"), "No module named 'greenprune'"),
+    ],
+)
+def test_node_that_cannot_take_part(tmp_path: Path, answer: Any, told: str) -> None:
+    pytest.importorskip("ray")
+    cluster = Cluster((True, __version__), answer)
+
+    with pytest.raises(RunError, match=told):
+        sweep_cluster.check_nodes(cluster, tmp_path)
+    assert list(tmp_path.iterdir()) == [], "the token is left behind"
+
+
+def test_measurements_ask_for_the_largest_living_node() -> None:
+    assert sweep_cluster.whole_node(Cluster()) == 8.0
+
+
+def test_folder_of_a_run_is_no_sweeps(tmp_path: Path) -> None:
+    storage.write_text(tmp_path / "digits" / "run.json", "{}")
+
+    with pytest.raises(RunError, match="is a run"):
+        sweep.sweep(budgets=[["macs x0.5"]], runs=tmp_path, name="digits")
+
+
+def test_two_sweeps_in_one_folder(tmp_path: Path) -> None:
+    with (
+        sweep._alone(tmp_path),
+        pytest.raises(RunError, match="another sweep"),
+        sweep._alone(tmp_path),
+    ):
+        pass
+
+
 # -- records
 
 
@@ -300,21 +449,6 @@ def test_front_of_known_points() -> None:
     assert found.candidates[found.knee].name == "x86-macs-x0.5/aggressive"
     # of the box: 1 - loss / 5 points, and what is saved of ms, mJ and bytes
     assert found.hypervolume >= 0.8 * 0.5 * 0.5 * 0.5
-
-
-def test_costs_are_shares_of_the_dense_network_of_the_same_run() -> None:
-    slow = {name: (*row[:2], 3 * row[2], *row[3:]) for name, row in POINTS["x86-macs-x0.5"].items()}
-    slow_dense = (*DENSE[:2], 3 * DENSE[2], *DENSE[3:])
-    first, *others = made_sweep().points
-    busy = replace(first, measured=measured({"dense": slow_dense, **slow}))
-
-    (quiet,), (loaded,) = (
-        sweep_record.fronts(made_sweep(points=points))
-        for points in ((first, *others), (busy, *others))
-    )
-
-    assert quiet.chosen == loaded.chosen
-    assert quiet.hypervolume == pytest.approx(loaded.hypervolume)
 
 
 def test_joules_that_one_point_lacks_are_left_out_for_all() -> None:

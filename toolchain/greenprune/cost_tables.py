@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from greenprune import storage
 from greenprune.cores import session_threads
 from greenprune.errors import GreenpruneError, MeasurementError, TargetError
-from greenprune.harness import cost_probe, cost_table
+from greenprune.harness import cost_plan, cost_probe, cost_table
 from greenprune.harness.cost_table import CostTable
 from greenprune.progress import say
 from greenprune.pruning import probe_graphs
@@ -65,13 +65,13 @@ def table_for(
         return found
     path = folder / f"{storage.sha256_of(encode(probe_graphs.grids(layers, block)))[:16]}.json"
     say(f"cost table of {network}: measuring on {runtime}, to be kept in {path}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        graphs = Path(scratch) / "graphs"
+    graphs = path.with_suffix(".graphs")  # kept until the table is: a resumed one measures the same
+    if not _whole(graphs):
         probe_graphs.write_folder(
             graphs, layers, target=device, runtime=runtime, network=network, grid_block=block
         )
-        table = cost_probe.measure(graphs, path, threads=threads)
+    table = cost_probe.measure(graphs, path, threads=threads)
+    shutil.rmtree(graphs, ignore_errors=True)
     Predictor(layers, table)  # has it all
     return table
 
@@ -95,7 +95,7 @@ def table_from_file(
 
     Raises:
         MeasurementError: there is no such table, it is damaged, of another target, runtime or
-            number of threads, of another machine of this kind than this one, or it lacks a layer.
+            number of threads, or it lacks a layer.
     """
     table = cost_table.read(path)
     device = load_target(target)
@@ -127,10 +127,8 @@ def _key(device: Target, runtime: str, threads: int, block: int) -> str:
 def _cached(
     folder: Path, layers: Sequence[PricedLayer], device: Target, runtime: str, threads: int
 ) -> CostTable | None:
-    """A table in the cache that has all layers; what does not open is passed over."""
+    """A table in the cache that has all layers; others, and what does not open, are passed over."""
     for path in sorted(folder.glob("*.json")):
-        if path.name.endswith(".partial.json"):
-            continue
         try:
             table = cost_table.read(path)
             cost_table.check_device(
@@ -145,6 +143,14 @@ def _cached(
             continue
         return table
     return None
+
+
+def _whole(graphs: Path) -> bool:
+    try:
+        cost_plan.read_plan(graphs)
+    except MeasurementError:
+        return False
+    return True
 
 
 def _user_cache() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import nn
 from greenprune import compilation, cost_tables, models, whole_networks
 from greenprune import stage_parts as parts
 from greenprune.errors import PruningError, StorageError
-from greenprune.harness import cost_probe, cost_table
+from greenprune.harness import cost_plan, cost_table
 from greenprune.harness.cost_table import CostTable
+from greenprune.harness.race import Race
 from greenprune.pipeline import Job, Work
 from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
 from greenprune.pruning.graph import Analysis
@@ -23,6 +25,7 @@ from greenprune.registry import load_target, split_runtime
 STAGE = "price"
 TABLE = "table.json"
 MEASURED = ("latency_ms", "energy_mj")
+RACED_IMAGES = 16
 
 
 def is_asked(recipe: Recipe) -> bool:
@@ -72,7 +75,7 @@ def price(work: Work) -> dict[str, Any]:
 
 def write_graphs(job: Job, output: Path, runtime: str | None) -> Path:
     """What a device elsewhere measures its table from; see :func:`greenprune.api.cost_graphs`."""
-    if output.exists() and not (output / cost_probe.PLAN).is_file():
+    if output.exists() and not (output / cost_plan.PLAN).is_file():
         raise StorageError(
             f"{output}: exists and is no folder of graphs for a cost table; choose another with -o"
         )
@@ -108,7 +111,20 @@ def _fastest(job: Job, network: nn.Module) -> str:
     wanted = _in_precision(job)
     if len(wanted) == 1:
         return wanted[0]
-    return whole_networks.race_networks(job, {"dense": network}, wanted).order[0]
+    return _race(job, {"dense": network}, wanted).order[0]
+
+
+def _race(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequence[str]) -> Race:
+    int8 = any(split_runtime(name)[1] == "int8" for name in runtimes)
+    return whole_networks.race_networks(
+        job.recipe.compile.target,
+        networks,
+        runtimes,
+        parts.training_images(job, RACED_IMAGES, seed=job.recipe.seed + 4),
+        calibration=compilation.calibration_images(job) if int8 else None,
+        threads=job.recipe.threads,
+        seed=job.recipe.seed,
+    )
 
 
 def terms_of(job: Job, variant: str, *, step: int = 1) -> within.Terms:
@@ -151,7 +167,7 @@ def measure_of(job: Job) -> within.Measure | None:
 
     def milliseconds(dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
         networks = {"dense": dense, "pruned": pruned}
-        latency = whole_networks.race_networks(job, networks, [runtime]).racers[0].latency_ms
+        latency = _race(job, networks, [runtime]).racers[0].latency_ms
         return latency["dense"].value, latency["pruned"].value
 
     return milliseconds

@@ -1,12 +1,17 @@
 """Ray: one of our own on this machine, or a cluster that is there already.
 
-Ray reports usage statistics to its makers unless told not to; here it is always told not to.
+Ray reports usage statistics to its makers unless told not to; here it is always told not to. It
+also listens on the network and runs what it is sent; ours listens on the loopback alone, and asks
+for a token that only this process and its workers have.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
+import socket
 import subprocess
 import sys
 import uuid
@@ -19,15 +24,21 @@ from greenprune._version import __version__
 from greenprune.cores import usable_cores
 from greenprune.errors import MissingPackageError, RunError
 
-ANSWER_SECONDS = 30.0
-"""How long an address has to answer."""
-START_TRIES = 3
+CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 90.0
+"""How long an address has to accept a connection, and a busy cluster to let us in."""
+START_TRIES = 6
 """Ray gives its own daemons 30 s to start, which is little on a busy machine."""
 STORE_BYTES = 100 << 20
 """Shared memory of our own Ray; what travels between tasks is text, and files go by the disk."""
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry, here and in the workers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks that ask for no GPU may still use one
+}
+PRIVATE = {
+    # named for the systems where it is the default: nodes are known by the loopback's address
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
 }
 PROBE = """
 import sys, ray
@@ -48,21 +59,37 @@ def joined(address: str | None, workers: int) -> Iterator[Any]:
         MissingPackageError: Ray is not installed.
         RunError: the address does not answer, or Ray does not start.
     """
-    os.environ.update(ENVIRONMENT)
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingPackageError("ray", "sweep") from error
+    own = {**PRIVATE, "RAY_AUTH_TOKEN": secrets.token_hex(32)} if address is None else {}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        _start(ray, workers, quiet)
-    else:
-        _probe(address)
-        ray.init(address=address, **quiet)
+    with _environment({**ENVIRONMENT, **own}):
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingPackageError("ray", "sweep") from error
+        if address is None:
+            _start(ray, workers, quiet)
+        else:
+            _probe(address)
+            ray.init(address=address, **quiet)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set them, for Ray's processes too, and put back what was there."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        yield ray
+        yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _start(ray: Any, workers: int, quiet: dict[str, Any]) -> None:
@@ -90,11 +117,11 @@ def _start(ray: Any, workers: int, quiet: dict[str, Any]) -> None:
 
 def _probe(address: str) -> None:
     """Ask in a process of its own, which can be ended: Ray itself may wait, or abort."""
-    expected = (
-        f"--address {address}: expected a Ray cluster that answers within {ANSWER_SECONDS:.0f} s"
-    )
-    advice = "start one with `ray start --head`, or leave --address out"
+    place = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     try:
+        if place:
+            there = place[1].strip("[]"), int(place[2])
+            socket.create_connection(there, CONNECT_SECONDS).close()
         done = subprocess.run(
             [sys.executable, "-c", PROBE, address],
             capture_output=True,
@@ -102,10 +129,19 @@ def _probe(address: str) -> None:
             check=False,
             timeout=ANSWER_SECONDS,
         )
+    except OSError as error:
+        raise _no_answer(address, _last_line(error)) from None
     except subprocess.TimeoutExpired:
-        raise RunError(f"{expected}, got no answer; {advice}") from None
+        raise _no_answer(address, f"nothing within {ANSWER_SECONDS:g} s") from None
     if done.returncode:
-        raise RunError(f"{expected}, got: {_last_line(done.stderr)}; {advice}")
+        raise _no_answer(address, _last_line(done.stderr))
+
+
+def _no_answer(address: str, got: str) -> RunError:
+    return RunError(
+        f"--address {address}: expected a Ray cluster that answers, got: {got}; start one with "
+        "`ray start --head`, set RAY_AUTH_MODE=token where it wants one, or leave --address out"
+    )
 
 
 def _last_line(told: object) -> str:
@@ -135,7 +171,7 @@ def _check_node(ray: Any, node: dict[str, Any], token: Path) -> None:
     asked = ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(str(token))
     where = f"Ray node {node.get('NodeManagerAddress', node['NodeID'])}"
     try:
-        sees, version = ray.get(asked, timeout=4 * ANSWER_SECONDS)
+        sees, version = ray.get(asked, timeout=ANSWER_SECONDS)
     except Exception as error:  # of Ray's tree, or what the node raised
         raise RunError(
             f"{where}: expected one with greenprune {__version__} that runs tasks, got: "

@@ -48,8 +48,13 @@ class Figures:
     """Of its artifact for the bundle's runtime; the pair has two."""
     latency_ms: dict[str, dict[str, float]]
     """Runtime to ``mean`` and ``p50``."""
+    latency_share: float
+    """Of the dense network's mean on the bundle's runtime, paired by block in the same run, so that
+    what changed on the machine from run to run falls out."""
     energy_mj: Energy | None
     """None: not measured."""
+    energy_share: float | None
+    """Of the dense network's, paired likewise; None: not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +121,9 @@ class Candidate:
 
     @property
     def costs(self) -> tuple[float, float | None, float]:
-        """Latency, energy and bytes over those of the dense network; None: not measured.
-
-        Both are of one run, measured in alternating blocks, so that what changed on the machine
-        from run to run falls out.
-        """
-        energy, dense_energy = self.figures.energy_mj, self.dense.energy_mj
-        return (
-            self.mean_ms / self.dense.latency_ms[self.measured.runtime]["mean"],
-            energy.value / dense_energy.value if energy and dense_energy else None,
-            self.figures.bytes / self.dense.bytes,
-        )
+        """Latency, energy and bytes over those of the dense network; None: not measured."""
+        figures = self.figures
+        return figures.latency_share, figures.energy_share, figures.bytes / self.dense.bytes
 
     @property
     def loss(self) -> float:

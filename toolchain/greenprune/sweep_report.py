@@ -15,7 +15,7 @@ from greenprune import schema, storage, sweep_record
 from greenprune._version import __version__
 from greenprune.meters.energy import label
 from greenprune.nncec.drawing import COLOURS, INK, MARKERS, Plot, draw, legend_below
-from greenprune.nncec.report import _render
+from greenprune.nncec.report import render
 from greenprune.sweep_record import CANDIDATES, Candidate, Front, Sweep
 
 PAGE, TABLE = "front.html", "front.csv"
@@ -77,7 +77,7 @@ def report(folder: Path) -> dict[str, Any]:
         "caveats": _caveats(sweep, fronts),
         "version": __version__,
     }
-    storage.write_text(folder / PAGE, _render("front.html", content))
+    storage.write_text(folder / PAGE, render("front.html", content))
     return {
         "sweep": str(folder),
         "page": str(folder / PAGE),

@@ -23,6 +23,7 @@ from greenprune.sweep_record import POINT_FILE, Energy, Figures, Measured
 
 if TYPE_CHECKING:
     from greenprune.harness import Results
+    from greenprune.harness.results import Candidate
 
 SHARED = ("train", "sparsify")
 """Stages that no budget and no target changes."""
@@ -133,6 +134,9 @@ def _measured(job: Job, summary: dict[str, Any]) -> Measured:
 
     manifest = bundle.open_bundle(deployment.bundle_folder(job)).manifest
     results = deployment.results_of(job)
+    on_runtime = {
+        found.variant: found for found in results.candidates if found.runtime == manifest.runtime
+    }
     sizes = {name: _bytes(manifest, name) for name in bundle.VARIANTS}
     sizes["pair"] = sizes["mild"] + sizes["aggressive"]
     chosen_by = _development_accuracy(job)
@@ -153,11 +157,21 @@ def _measured(job: Job, summary: dict[str, Any]) -> Measured:
                     runtime: {key: latency[key] for key in ("mean", "p50")}
                     for runtime, latency in found["latency_ms"].items()
                 },
+                latency_share=1.0 / on_runtime[name].speedup.value,
                 energy_mj=Energy(**found["energy_mj"]) if found["energy_mj"] else None,
+                energy_share=_energy_share(on_runtime[name]),
             )
             for name, found in summary["variants"].items()
         },
     )
+
+
+def _energy_share(found: Candidate) -> float | None:
+    if found.energy_mj is None:
+        return None
+    if found.variant == "dense":
+        return 1.0
+    return None if found.energy_ratio is None else found.energy_ratio.value
 
 
 def _machine(results: Results) -> str:

@@ -6,31 +6,41 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from greenprune import compilation, onnx_export, storage
-from greenprune import stage_parts as parts
-from greenprune.harness.race import Race, race
-from greenprune.pipeline import Job
+from greenprune import onnx_export, storage
+from greenprune.harness.presets import Preset
+from greenprune.harness.race import PRESET, Race, race
 from greenprune.registry import Build, load_target, split_runtime
 
-IMAGES = 16
-"""That a race replays."""
 
-
-def race_networks(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequence[str]) -> Race:
-    """Batch-1 latency of networks by each runtime, in alternating blocks.
+def race_networks(
+    target: str,
+    networks: Mapping[str, nn.Module],
+    runtimes: Sequence[str],
+    images: Tensor,
+    *,
+    calibration: NDArray[np.float32] | None = None,
+    threads: int = 0,
+    seed: int = 0,
+    preset: Preset = PRESET,
+) -> Race:
+    """Batch-1 latency of networks by each runtime: exported, compiled, raced in alternating blocks.
 
     Args:
-        job: its data are the inputs, and int8 is calibrated with its training images.
+        target: its name.
         networks: by name, in eval mode.
-        runtimes: by :func:`greenprune.registry.runtime_name`, of the job's target.
+        runtimes: by :func:`greenprune.registry.runtime_name`.
+        images: that are replayed, normalised, float32 [N, C, H, W], N >= 2.
+        calibration: of int8, float32 [N, C, H, W].
+        threads, seed, preset: as :func:`greenprune.harness.race.race`.
 
     Raises:
         ExportError, TargetError, MeasurementError: one of them cannot be exported, compiled or run.
     """
-    target = load_target(job.recipe.compile.target)
-    images = parts.training_images(job, IMAGES, seed=job.recipe.seed + 4)
+    device = load_target(target)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         storage.save_array(place / "inputs.npy", images.numpy())
@@ -39,20 +49,10 @@ def race_networks(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequenc
             graph = place / f"{name}.onnx"
             onnx_export.export_onnx(network, images, graph, ["logits"])
             for runtime in runtimes:
-                made = target.compile(graph, _build(job, runtime), place / runtime, name)
-                artifacts[runtime][name] = made
+                base, precision = split_runtime(runtime)
+                needed = calibration if precision == "int8" else None
+                build = Build(runtime=base, precision=precision, calibration=needed)
+                artifacts[runtime][name] = device.compile(graph, build, place / runtime, name)
         return race(
-            target.name,
-            artifacts,
-            place / "inputs.npy",
-            threads=job.recipe.threads,
-            seed=job.recipe.seed,
+            target, artifacts, place / "inputs.npy", threads=threads, seed=seed, preset=preset
         )
-
-
-def _build(job: Job, runtime: str) -> Build:
-    base, precision = split_runtime(runtime)
-    if precision != "int8":
-        return Build(runtime=base, precision=precision)
-    calibration = compilation.calibration_images(job)
-    return Build(runtime=base, precision=precision, calibration=calibration)

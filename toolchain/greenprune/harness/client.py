@@ -31,17 +31,17 @@ class WorkerError(MeasurementError):
 
 
 class Client:
-    """A worker process for one candidate; ``name`` stands in messages.
+    """A worker process; ``name`` stands in messages, and ``start`` is the Python that serves.
 
     ``single_seconds`` is how long its first inference took, 0 until that is known.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, start: str = START) -> None:
         self.name = name
         self.single_seconds = 0.0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START],
+            [sys.executable, "-c", start],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

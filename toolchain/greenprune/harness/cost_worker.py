@@ -10,9 +10,7 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -51,17 +49,7 @@ class CostClient(Client):
     """The parent's side: a client whose process is this module's."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", START],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        super().__init__(name, START)
 
 
 class CostWorker:

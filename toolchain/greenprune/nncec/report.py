@@ -54,13 +54,18 @@ def write_report(
         "caveats": caveats(run_summary, results, account),
         "version": __version__,
     }
-    storage.write_text(summary, _render("report.md", found))
+    storage.write_text(summary, render("report.md", found))
     drawn = {"plots": _plots(run_summary, results, account)}
-    storage.write_text(path, _render("report.html", found | drawn))
+    storage.write_text(path, render("report.html", found | drawn))
     return summary
 
 
-def _render(template: str, content: dict[str, Any]) -> str:
+def render(template: str, content: dict[str, Any]) -> str:
+    """A page from a template of this package.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError as error:

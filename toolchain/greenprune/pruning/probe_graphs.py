@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from greenprune import storage
 from greenprune.errors import MissingPackageError
-from greenprune.harness.cost_probe import (
+from greenprune.harness.cost_plan import (
     ARTIFACTS,
     PLAN,
     Chain,
@@ -34,7 +34,7 @@ from greenprune.harness.cost_probe import (
 )
 from greenprune.harness.cost_table import LayerShape
 from greenprune.progress import Advance, progress
-from greenprune.pruning.layer_shapes import PricedLayer, macs, output_size
+from greenprune.pruning.layer_shapes import PricedLayer, macs
 from greenprune.registry import Build, Target, split_runtime
 from greenprune.schema import encode
 
@@ -57,6 +57,7 @@ NARROWEST = 1 / 8
 """Share of its own width from which on a layer is measured; narrower ones are taken to cost as
 much, which overestimates them."""
 BLOCK_WIDTHS = range(4, 41)
+TAIL_WIDTH = 4
 CALIBRATION = 8
 SEED = 0
 IR_VERSION = 9
@@ -313,6 +314,9 @@ def chain(
 ) -> onnx.ModelProto:
     """A graph of so many layers of one shape, checked: batch 1, static shapes, random weights.
 
+    A small layer of its own ends each chain, and drops out of the slope: in low precision, what no
+    layer reads is left in floating point, which in a fan would be every addition.
+
     Weights are drawn so that activations keep a size of about 1: neither infinite nor denormal,
     which would be slow.
 
@@ -339,19 +343,16 @@ def chain(
     tensor = "input"
     for number in range(layers):
         widths = (out_width, in_width) if mirrored and number % 2 else (in_width, out_width)
-        weights = graph.weights(
-            *widths, number % 2 if shared and mirrored else number * (not shared)
-        )
+        weights = graph.weights(*widths, number % 2 if shared and mirrored else number)
         if mirrored:
             tensor = graph.activation(graph.layer(tensor, widths[0], weights))
         else:
             answer = graph.layer("input", in_width, weights)
             tensor = graph.activation(graph.node("Add", answer, tensor) if number else answer)
-    last = in_width if mirrored and layers % 2 == 0 else out_width
-    graph.nodes[-1].output[0] = "logits"
+    graph.tail(tensor, in_width if mirrored and layers % 2 == 0 else out_width)
     ends = [
         helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape(shape, in_width)),
-        helper.make_tensor_value_info("logits", TensorProto.FLOAT, _output_shape(shape, last)),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, _output_shape(shape)),
     ]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "chain", ends[:1], ends[1:], graph.constants),
@@ -362,10 +363,10 @@ def chain(
     return model
 
 
-def _output_shape(shape: LayerShape, width: int) -> tuple[int, ...]:
+def _output_shape(shape: LayerShape) -> tuple[int, ...]:
     if shape.operator == "convolution":
-        return (1, width, *output_size(shape))
-    return input_shape(shape, width)
+        return (1, TAIL_WIDTH, 1, 1)
+    return input_shape(shape, TAIL_WIDTH)
 
 
 class _Graph:
@@ -429,6 +430,19 @@ class _Graph:
         if shape.input_size[0] == 1:
             return self.node("Gemm", tensor, *weights, transB=1)
         return self.node("Add", self.node("MatMul", tensor, weights[0]), weights[1])
+
+    def tail(self, tensor: str, width: int) -> None:
+        """The end of a chain of this width: a mean over positions and a 1x1 layer."""
+        linear = self.shape.operator == "linear"
+        size = (TAIL_WIDTH, width) if linear else (TAIL_WIDTH, width, 1, 1)
+        weight = self.random.standard_normal(size, dtype=np.float32) / np.float32(math.sqrt(width))
+        if not linear:
+            self.node("Conv", self.node("GlobalAveragePool", tensor), self.constant("tail", weight))
+        elif self.shape.input_size[0] == 1:
+            self.node("Gemm", tensor, self.constant("tail", weight), transB=1)
+        else:
+            self.node("MatMul", tensor, self.constant("tail", weight.T))
+        self.nodes[-1].output[0] = "logits"
 
     def activation(self, tensor: str) -> str:
         kind = self.shape.activation
