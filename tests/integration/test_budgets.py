@@ -1,0 +1,164 @@
+"""Budgets in what this machine pays, through the pipeline: priced, chosen, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from greenprune import api, cost_tables, prune_budget, whole_networks
+from greenprune.errors import MeasurementError, PruningError
+from greenprune.harness import cost_probe, cost_table
+from greenprune.harness.race import PRESET
+from greenprune.pruning import probe_graphs
+from greenprune.registry import load_target
+
+pytestmark = pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
+
+NETWORK = """
+from torch import nn
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+"""
+
+
+@pytest.fixture
+def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A recipe of a small network; one round of the table, short races, a cache of its own."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    short = dataclasses.replace(PRESET, windows=3, window_seconds=0.1)
+    monkeypatch.setattr(
+        whole_networks,
+        "race_networks",
+        functools.partial(whole_networks.race_networks, preset=short),
+    )
+    monkeypatch.setattr(
+        cost_tables.cost_probe, "measure", functools.partial(cost_probe.measure, rounds=1)
+    )
+    monkeypatch.setattr(probe_graphs, "block_shape", lambda layers: None)
+    return [
+        f'model.factory="{tmp_path / "net.py"}:network"',
+        "threads=1",
+        "train.epochs=1",
+        "sparsify.epochs=0",
+        "finetune.mild.epochs=1",
+        "finetune.aggressive.epochs=1",
+        'compile.runtimes=["onnxruntime"]',
+        'prune.mild.budget=["macs x0.8"]',
+    ]
+
+
+def results_of(run: str, stage: str) -> dict[str, Any]:
+    return json.loads((Path(run) / stage / "stage.json").read_text())["results"]
+
+
+def test_a_budget_is_held_as_measured(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*overrides, 'prune.aggressive.budget=["latency x0.7", "params x0.7"]']
+    made = api.prune(overrides=asked, runs=tmp_path / "runs", name="held")
+    priced = results_of(made["run"], "price")
+    assert priced["runtime"] == "onnxruntime"
+    found = results_of(made["run"], "prune")
+    (step,) = found["aggressive"]["budget"]
+    latency, quantities = step["latency_ms"], step["quantities"]
+    assert latency["allowed"] == pytest.approx(0.7 * latency["dense"])
+    assert 0 < latency["measured"] <= latency["allowed"]
+    assert 0 < quantities["latency_ms"]["predicted"] < quantities["latency_ms"]["dense"]
+    params = quantities["params"]
+    assert found["aggressive"]["params"] == params["predicted"] <= params["goal"]
+    assert 0 < step["importance_kept"] < 1
+    mild = found["mild"]["budget"][0]
+    assert found["mild"]["macs"] == mild["quantities"]["macs"]["predicted"]
+    assert mild["latency_ms"]["measured"] is None
+
+    def never(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("the table is measured again")
+
+    monkeypatch.setattr(cost_tables.cost_probe, "measure", never)
+    again = api.prune(overrides=asked, runs=tmp_path / "runs", name="again")
+    tables = [cost_table.read(Path(run["run"]) / "price" / "table.json") for run in (made, again)]
+    assert tables[0] == tables[1]
+
+    carried = Path(made["run"]) / "price" / "table.json"
+    with pytest.raises(MeasurementError, match="expected a cost table of target 'arm'"):
+        api.prune(
+            overrides=[*asked, f'prune.cost_table="{carried}"', 'compile.target="arm"'],
+            runs=tmp_path / "runs",
+            name="elsewhere",
+        )
+    with pytest.raises(PruningError, match=r"smallest latency_ms that can be reached is .*x0\.01"):
+        api.prune(
+            overrides=[*overrides, 'prune.aggressive.budget=["latency x0.01"]'],
+            runs=tmp_path / "runs",
+            name="unreachable",
+        )
+
+
+def test_a_device_elsewhere_needs_its_table(tmp_path: Path, overrides: list[str]) -> None:
+    asked = [*overrides, 'prune.aggressive.budget=["latency x0.7"]', 'compile.target="arm"']
+    with pytest.raises(PruningError, match="greenprune cost-table"):
+        api.prune(overrides=asked, runs=tmp_path / "runs", name="elsewhere")
+    folder = api.cost_graphs(overrides=asked, output=tmp_path / "probe")
+    assert (folder / "probe.json").is_file()
+    with pytest.raises(MeasurementError, match="copy the folder to the device"):
+        cost_probe.measure(folder, tmp_path / "table.json")
+    # what a device elsewhere would bring back: the same chains, measured here
+    here = api.cost_graphs(overrides=[*overrides, 'compile.target="x86"'], output=tmp_path / "here")
+    table = cost_probe.measure(here, tmp_path / "table.json", rounds=1, threads=1)
+    cost_table.write(dataclasses.replace(table, target="arm"), tmp_path / "table.json")
+    made = api.prune(
+        overrides=[*asked, f'prune.cost_table="{tmp_path / "table.json"}"'],
+        runs=tmp_path / "runs",
+        name="carried",
+    )
+    (step,) = results_of(made["run"], "prune")["aggressive"]["budget"]
+    assert step["latency_ms"]["measured"] is None
+    found = step["quantities"]["latency_ms"]
+    assert found["predicted"] <= found["goal"] == pytest.approx(0.7 * found["dense"])
+
+
+def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:
+    """A residual network, cut in two steps, of which the first may take a block."""
+    asked = [
+        *(text for text in overrides if not text.startswith(("model.factory", "prune.mild"))),
+        'model.factory="greenprune.models:resnet20"',
+        "data.channels=3",
+        "data.size=[8, 8]",
+        "train.epochs=0",
+        "finetune.mild.epochs=0",
+        "finetune.aggressive.epochs=0",
+        'prune.mild.budget=["macs x0.6"]',
+        'prune.aggressive.budget=["macs x0.2"]',
+        "prune.keep_at_least=0.5",
+        "prune.blocks=true",
+        "prune.steps=2",
+        "prune.images=64",
+        "prune.between.epochs=1",
+    ]
+    made = api.prune(overrides=asked, runs=tmp_path / "runs", name="steps")
+    found = results_of(made["run"], "prune")["aggressive"]
+    first, second = found["budget"]
+    assert first["quantities"]["macs"]["goal"] > second["quantities"]["macs"]["goal"]
+    assert found["removed_blocks"] == first["removed_blocks"] != []
+    assert not second["removed_blocks"]
+    assert found["macs_share"] <= 0.2
+    assert made["variants"]["aggressive"]["macs"] == found["macs"]
+    assert prune_budget.STAGE not in {path.name for path in Path(made["run"]).iterdir()}
