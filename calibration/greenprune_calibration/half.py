@@ -67,9 +67,19 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
         model, keep_io_types=True, node_block_list=graphs.after_last_layer(model)
     )
     del half.graph.value_info[:]
+    _drop_repeated_casts(half)
     _drop_round_trips(half)
     ONNXModel(half).topological_sort()
     return half
+
+
+def _drop_repeated_casts(model: onnx.ModelProto) -> None:
+    """The converter casts a tensor once for each float node that reads it, by one name."""
+    made: set[str] = set()
+    for node in list(model.graph.node):
+        if node.op_type == "Cast" and node.output[0] in made:
+            model.graph.node.remove(node)
+        made.update(node.output)
 
 
 def _drop_round_trips(model: onnx.ModelProto) -> None:

@@ -474,6 +474,34 @@ def test_a_graph_in_fp16_keeps_its_rim_in_fp32(made: Made, tmp_path: Path) -> No
     assert 0 < difference(path, made.residual, made.images) < 5e-3
 
 
+def test_a_tensor_that_several_float_nodes_read_is_cast_once(tmp_path: Path) -> None:
+    """SiLU behind the last layer: both of its nodes read the convolution."""
+    image = np.random.default_rng(0).standard_normal((2, 3, SIZE, SIZE)).astype(np.float32)
+    weights = np.random.default_rng(1).standard_normal((8, 3, 3, 3)).astype(np.float32) / 5
+    nodes = [
+        helper.make_node("Conv", ["input", "weights"], ["read"], name="conv"),
+        helper.make_node("Sigmoid", ["read"], ["gate"], name="sigmoid"),
+        helper.make_node("Mul", ["read", "gate"], ["silu"], name="mul"),
+        helper.make_node("GlobalAveragePool", ["silu"], ["logits"], name="pool"),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "silu",
+        [value("input", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
+        [value("logits", TensorProto.FLOAT, ["batch", 8, 1, 1])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9),
+        tmp_path / "silu.onnx",
+    )
+
+    assert tensorrt_fp16(tmp_path / "silu.onnx", tmp_path / "half.onnx") == {"conv": "fp16"}
+    expected, found = (run(tmp_path / name, image)["logits"] for name in ("silu.onnx", "half.onnx"))
+    assert 0 < np.abs(found - expected).max() < 5e-3
+
+
 def test_a_score_made_of_logits_has_the_steps_of_fp32(made: Made, tmp_path: Path) -> None:
     for path, write in (
         (tmp_path / "half.onnx", lambda to: tensorrt_fp16(made.upsampling, to)),
