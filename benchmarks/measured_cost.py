@@ -13,7 +13,8 @@ random ones, as latency does not depend on them:
     dense network is fastest on; ``latency_blocks``: whole residual blocks may go too.
 
 In the end all networks of one kind are measured in alternating blocks, each in a process of its
-own, on every runtime.
+own, on every runtime. The networks of ResNet-56 are kept under --runs, where
+``measured_cost_accuracy.py`` finds them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from greenprune import cost_tables, data, models, schema
 from greenprune.harness import race
 from greenprune.harness.statistics import paired_ratio
-from greenprune.pruning import budget, limits, optimise, surgery, within
+from greenprune.pruning import budget, limits, optimise, record, removal, surgery, within
 from greenprune.pruning.batchnorm import reestimate
 from greenprune.pruning.cost import count
 from greenprune.pruning.graph import Analysis
@@ -73,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -85,7 +87,8 @@ def main() -> None:
     networks = {}
     for name in arguments.networks:
         subject = make(name, loaded, arguments.weights)
-        networks[name] = one(subject, runtimes, arguments.threads)
+        kept = arguments.runs / f"{name}_{arguments.precision}"
+        networks[name] = one(subject, runtimes, arguments.threads, kept)
         print(name, networks[name], flush=True)
     name = "measured_cost" if arguments.precision == "fp32" else "measured_cost_int8"
     figures = {"threads": arguments.threads, "share": SHARE, "networks": networks}
@@ -111,8 +114,8 @@ def make(name: str, loaded: data.Data, weights: Path) -> Subject:
     return Subject(name, network, images, analysis, scores)
 
 
-def one(subject: Subject, runtimes: list[str], threads: int) -> dict[str, Any]:
-    """All arms of one network."""
+def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict[str, Any]:
+    """All arms of one network; what is greenprune's is kept."""
     fastest = raced({"dense": subject.network}, runtimes, subject.images, threads).order[0]
     table_begin = time.monotonic()
     table = cost_tables.table_for(
@@ -149,10 +152,13 @@ def one(subject: Subject, runtimes: list[str], threads: int) -> dict[str, Any]:
         )
         for name, blocks in (("latency", False), ("latency_blocks", True))
     }
+    cuts = {**by_macs(subject), **{name: found.cut for name, found in settled.items()}}
+    if subject.name == "resnet56":
+        keep(cuts, settled["latency_blocks"].choice.removed_blocks, subject, kept)
     arms = {
         "dense": subject.network,
-        **by_macs(subject),
-        **{name: found.cut.network for name, found in settled.items()},
+        **{name: cut.network for name, cut in cuts.items()},
+        "torch_pruning_8": torch_pruning(subject),
     }
     return {
         "priced": fastest,
@@ -168,8 +174,8 @@ def one(subject: Subject, runtimes: list[str], threads: int) -> dict[str, Any]:
     }
 
 
-def by_macs(subject: Subject) -> dict[str, nn.Module]:
-    """What others do, and what MACs lead to."""
+def by_macs(subject: Subject) -> dict[str, removal.Cut]:
+    """What papers do, and what MACs lead to."""
     removed = {
         name: budget.choose(
             subject.analysis,
@@ -183,11 +189,23 @@ def by_macs(subject: Subject) -> dict[str, nn.Module]:
     if subject.name in RATES:
         rates = RATES[subject.name]()
         removed["papers"] = budget.by_rates(subject.analysis, subject.scores, rates)
-    arms = {
-        name: surgery.prune_channels(subject.network, subject.images[:2], gone)
+    return {
+        name: removal.cut(subject.network, subject.images[:2], subject.analysis.groups, gone)
         for name, gone in removed.items()
     }
-    return {**arms, "torch_pruning_8": torch_pruning(subject)}
+
+
+def keep(
+    cuts: Mapping[str, removal.Cut], blocks: tuple[str, ...], subject: Subject, folder: Path
+) -> None:
+    """Save the networks, as cut."""
+    shape = tuple(subject.images.shape[1:])
+    for name, cut in cuts.items():
+        described = record.NetworkRecord.of("greenprune.models:resnet56", {}, shape)
+        if name == "latency_blocks" and blocks:
+            described = described.without_blocks(*blocks)
+        described = described.pruned(cut.analysis, cut.removed)
+        record.save_network(folder / name, cut.network, described)
 
 
 def torch_pruning(subject: Subject) -> nn.Module:
