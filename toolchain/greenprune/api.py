@@ -171,23 +171,39 @@ def export(
     job = Job(replace(job.recipe, compile=settings), job.folder)
     compilation.runtimes(job)
     destination = output or Path(f"{job.folder.name}-{target}.bundle")
-    if destination.exists() and not (destination / "manifest.json").is_file():
-        raise StorageError(
-            f"{destination}: exists and is not a bundle; choose another output with -o"
-        )
+    check_bundle_place(destination)
     _use_threads(job.recipe.threads)
     trained = [stage.name for stage in stages.host_stages(job.recipe)]
     after = [stage for stage in stages.of(job.recipe) if stage.name not in trained]
     last = [stage.name for stage in after].index(job.bundle_stage)
     execute(job, after[: last + 1], finished=trained)
+    return copy_bundle(deployment.bundle_folder(job), destination)
+
+
+def copy_bundle(source: Path, destination: Path) -> Path:
+    """Copy a bundle, verified, whole or not at all; returns ``destination``.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        StorageError: ``destination`` exists and is not a bundle, or cannot be written.
+    """
+    check_bundle_place(destination)
+    made = bundles.open_bundle(source)
+    made.verify()
     storage.remove_partial(destination.parent, destination.name)
     with storage.atomic_folder(destination) as folder:
-        made = bundles.open_bundle(deployment.bundle_folder(job))
-        made.verify()
         for name in (bundles.MANIFEST, *made.manifest.files):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(made.path / name, folder / name)
     return destination
+
+
+def check_bundle_place(destination: Path) -> None:
+    """Raises StorageError: what is there is not a bundle, and would be overwritten."""
+    if destination.exists() and not (destination / bundles.MANIFEST).is_file():
+        raise StorageError(
+            f"{destination}: exists and is not a bundle; choose another output with -o"
+        )
 
 
 def cost_graphs(

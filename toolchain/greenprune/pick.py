@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from greenprune import api, pipeline, sweep_record
+from greenprune import api, deployment, pipeline, sweep_record
 from greenprune import recipe as recipes
 from greenprune.errors import RunError
 from greenprune.sweep_record import Candidate
@@ -48,6 +48,7 @@ def pick(
     Raises:
         RunError: no sweep, no limit, several targets and none named, or no candidate within the
             limits; then the closest is named.
+        BundleError: the point's bundle is damaged.
         StorageError: ``output`` exists and is not a bundle.
     """
     sweep = sweep_record.read(folder)
@@ -62,12 +63,9 @@ def pick(
     chosen = sweep_record.best(
         sweep, target, latency_ms=latency_ms, energy_mj=energy_mj, bytes=bytes, accuracy=accuracy
     )
+    # the bundle that was measured, as it is: built again it might race and certify otherwise
     run = folder / chosen.point
-    precision = recipes.read_back(run / pipeline.RUN_FILE).compile.precision
-    made = api.export(
-        run,
-        target=target,
-        precision=precision,
-        output=output or Path(f"{sweep.name}-{chosen.point}.bundle"),
-    )
+    job = pipeline.Job(recipes.read_back(run / pipeline.RUN_FILE), run)
+    destination = output or Path(f"{sweep.name}-{chosen.point}.bundle")
+    made = api.copy_bundle(deployment.bundle_folder(job), destination)
     return Picked(candidate=chosen, bundle=made)

@@ -82,9 +82,9 @@ def sweep(
     at_once = workers or min(len(planned), usable_cores())
     with _alone(folder), sweep_cluster.joined(address, at_once) as ray:
         sweep_cluster.check_nodes(ray, folder)
-        sweep_record.write(folder, found)
         with progress("points", len(planned)) as advance:
             for number, point in enumerate(_ended_points(ray, folder, planned), start=1):
+                # the first ends after the base is there: until then the last sweep's file stands
                 points = (point if old.name == point.name else old for old in found.points)
                 found = replace(found, points=tuple(points))
                 sweep_record.write(folder, found)
@@ -155,9 +155,10 @@ def _failure(ray: Any, task: Any) -> str | None:
     """What a task says went wrong; also where its worker died."""
     try:
         told: str | None = ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        return f"{type(error.cause).__name__}: {error.cause}"
     except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines()
-        return f"its worker died {1 + RETRIES} times: {lines[0] if lines else type(error).__name__}"
+        return f"its worker died {1 + RETRIES} times: {sweep_cluster.last_line(error)}"
     return told
 
 

@@ -72,7 +72,13 @@ def joined(address: str | None, workers: int) -> Iterator[Any]:
             _probe(address)
             ray.init(address=address, **quiet)
         try:
-            yield ray
+            with contextlib.redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout
+                yield ray
+        except ConnectionError as error:
+            raise RunError(
+                f"the Ray cluster is gone: {last_line(error)}; the same command goes on where this "
+                "one stopped"
+            ) from error
         finally:
             ray.shutdown()
 
@@ -109,7 +115,7 @@ def _start(ray: Any, workers: int, quiet: dict[str, Any]) -> None:
                 ray.shutdown()
             if not left:
                 raise RunError(
-                    f"Ray did not start on this machine in {START_TRIES} tries: {_last_line(error)}"
+                    f"Ray did not start on this machine in {START_TRIES} tries: {last_line(error)}"
                     "; make room on the machine, or set RAY_TMPDIR to a folder with a short path, "
                     "and run the same command again"
                 ) from error
@@ -130,11 +136,11 @@ def _probe(address: str) -> None:
             timeout=ANSWER_SECONDS,
         )
     except OSError as error:
-        raise _no_answer(address, _last_line(error)) from None
+        raise _no_answer(address, last_line(error)) from None
     except subprocess.TimeoutExpired:
         raise _no_answer(address, f"nothing within {ANSWER_SECONDS:g} s") from None
     if done.returncode:
-        raise _no_answer(address, _last_line(done.stderr))
+        raise _no_answer(address, last_line(done.stderr))
 
 
 def _no_answer(address: str, got: str) -> RunError:
@@ -144,8 +150,10 @@ def _no_answer(address: str, got: str) -> RunError:
     )
 
 
-def _last_line(told: object) -> str:
-    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+def last_line(told: object) -> str:
+    """The last line of a message, without colours."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(told))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else "no reason given"
 
 
@@ -175,7 +183,7 @@ def _check_node(ray: Any, node: dict[str, Any], token: Path) -> None:
     except Exception as error:  # of Ray's tree, or what the node raised
         raise RunError(
             f"{where}: expected one with greenprune {__version__} that runs tasks, got: "
-            f"{_last_line(error)}; install it there"
+            f"{last_line(error)}; install it there"
         ) from error
     if version != __version__:
         raise RunError(f"{where}: expected greenprune {__version__}, got {version}; install it")
@@ -198,7 +206,10 @@ def _nodes(ray: Any) -> list[dict[str, Any]]:
 def whole_node(ray: Any) -> float:
     """CPUs of the largest node: a task that asks for them has its node to itself, and on a cluster
     all measurements are made on nodes of one size."""
-    return max(float(node["Resources"]["CPU"]) for node in _nodes(ray))
+    found = [float(node["Resources"]["CPU"]) for node in _nodes(ray)]
+    if not found:
+        raise RunError("the Ray cluster has no node with a CPU; add one and run the sweep again")
+    return max(found)
 
 
 def threads_of_a_task() -> int:

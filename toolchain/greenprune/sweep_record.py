@@ -8,6 +8,7 @@ networks answer.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ class Figures:
     accuracy: float
     """On the test images, by the deployed artifacts; reported, never chosen by."""
     development_accuracy: float
-    """On the development images, by the same artifacts; what :func:`best` chooses by."""
+    """On the development images, by the same artifacts; what fronts and :func:`best` go by."""
     macs: int
     params: int
     bytes: int
@@ -49,8 +50,8 @@ class Figures:
     latency_ms: dict[str, dict[str, float]]
     """Runtime to ``mean`` and ``p50``."""
     latency_share: float
-    """Of the dense network's mean on the bundle's runtime, paired by block in the same run, so that
-    what changed on the machine from run to run falls out."""
+    """Of the dense network's mean on the runtime that it is fastest on, paired by block in the same
+    run, so that what changed on the machine from run to run falls out."""
     energy_mj: Energy | None
     """None: not measured."""
     energy_share: float | None
@@ -127,8 +128,8 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """Accuracy of the dense network less this one's, on the test images."""
-        return self.dense.accuracy - self.figures.accuracy
+        """Accuracy of the dense network less this one's, on the development images."""
+        return self.dense.development_accuracy - self.figures.development_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,8 @@ def _left_out(found: tuple[Candidate, ...]) -> dict[str, str]:
     if gaps:
         return {"energy": f"not measured for {gaps} of {len(found)} candidates"}
     kinds = {each.figures.energy_mj.provenance for each in found if each.figures.energy_mj}
+    if kinds == {"estimated_model"}:
+        return {"energy": "estimated from CPU time alone, which the latency tells already"}
     if len(kinds) > 1:
         return {"energy": f"of different provenance: {', '.join(sorted(kinds))}"}
     return {}
@@ -246,6 +249,9 @@ def best(
     """
     limits = {"latency_ms": latency_ms, "energy_mj": energy_mj, "bytes": bytes}
     most = {key: float(value) for key, value in limits.items() if value is not None}
+    for key, value in most.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise RunError(f"{key} <= {value:g}: expected a limit above zero, such as --latency 5")
     if not most and accuracy is None:
         raise RunError("nothing to pick by: expected a limit, such as --latency 5")
     known = [

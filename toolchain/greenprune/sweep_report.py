@@ -162,15 +162,16 @@ def _headline(sweep: Sweep, fronts: Sequence[Front]) -> str:
 
 def _caveats(sweep: Sweep, fronts: Sequence[Front]) -> list[str]:
     told = [
-        "Shares are of the dense network measured in the same run, in alternating blocks; fronts, "
+        "Shares are of the dense network on its fastest runtime, measured in the same run, in "
+        "alternating blocks; fronts, "
         "hypervolume and knee go by these, so that what changed on the machine between two runs "
         "falls out. The plots scale them by the median of the dense networks.",
         "The hypervolume is what the front dominates of the box between the ideal (the dense "
         "network's accuracy for nothing) and the dense network's costs at a loss of "
         f"{100 * measures.WORST_LOSS:.0f} points of accuracy: 0 is no better than the dense "
         "network. The knee is the candidate that alone dominates most.",
-        "Accuracy is on the test images and was chosen by nowhere; `greenprune pick` chooses by "
-        "the development images. A front of many candidates flatters each of them a little.",
+        "Fronts, knee and `greenprune pick` go by the accuracy on the development images; that on "
+        "the test images chooses nothing. A front of many candidates flatters each a little.",
         "Each point is a life of its own: its account counts the training that all points share.",
     ]
     for found in fronts:
@@ -204,7 +205,7 @@ def plots(found: Front) -> list[Plot]:
     if not found.candidates:
         return []
     dense = [each.dense for each in found.candidates]
-    mean_ms = [each.dense.latency_ms[each.measured.runtime]["mean"] for each in found.candidates]
+    mean_ms = [each.mean_ms / each.figures.latency_share for each in found.candidates]
     columns = [("ms", 0, float(np.median(mean_ms)))]
     if "energy" in found.objectives:
         known = [each.energy_mj.value for each in dense if each.energy_mj]

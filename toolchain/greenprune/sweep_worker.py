@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from greenprune import api, bundle, pipeline, schema, storage, sweep_cluster, sweep_record
 from greenprune import recipe as recipes
 from greenprune.cores import usable_cores
 from greenprune.errors import GreenpruneError, RunError
+from greenprune.harness.summary import energy_ratio, latency_ratio, mean_latencies_ms
 from greenprune.pipeline import Job
 from greenprune.recipe import Recipe, VariantSettings
 from greenprune.sweep_points import BASE
@@ -123,10 +126,10 @@ def is_finished(recipe: Recipe, folder: Path) -> bool:
         made, there = (
             pipeline.read_stage(run / SHARED[-1]) for run in (folder.parent / BASE, folder)
         )
-    except RunError:
+        from_base = made and there and made["inputs_sha256"] == there["inputs_sha256"]
+        return bool(from_base) and pipeline.is_current(folder, f"report-{recipe.compile.target}")
+    except RunError:  # damaged: the point is made again, or fails by itself
         return False
-    from_base = made and there and made["inputs_sha256"] == there["inputs_sha256"]
-    return bool(from_base) and pipeline.is_current(folder, f"report-{recipe.compile.target}")
 
 
 def _measured(job: Job, summary: dict[str, Any]) -> Measured:
@@ -137,8 +140,14 @@ def _measured(job: Job, summary: dict[str, Any]) -> Measured:
     on_runtime = {
         found.variant: found for found in results.candidates if found.runtime == manifest.runtime
     }
+    # one yardstick for all points of a machine, whichever runtime a point's bundle takes
+    dense = min(
+        (found for found in results.candidates if found.variant == "dense"),
+        key=lambda found: float(np.median(mean_latencies_ms(found.windows))),
+    )
     sizes = {name: _bytes(manifest, name) for name in bundle.VARIANTS}
     sizes["pair"] = sizes["mild"] + sizes["aggressive"]
+    sizes["dense"] = manifest.files[manifest.variants["dense"].graph].bytes
     chosen_by = _development_accuracy(job)
     return Measured(
         runtime=manifest.runtime,
@@ -157,21 +166,18 @@ def _measured(job: Job, summary: dict[str, Any]) -> Measured:
                     runtime: {key: latency[key] for key in ("mean", "p50")}
                     for runtime, latency in found["latency_ms"].items()
                 },
-                latency_share=1.0 / on_runtime[name].speedup.value,
+                latency_share=latency_ratio(on_runtime[name].windows, dense.windows).value,
                 energy_mj=Energy(**found["energy_mj"]) if found["energy_mj"] else None,
-                energy_share=_energy_share(on_runtime[name]),
+                energy_share=_energy_share(on_runtime[name], dense),
             )
             for name, found in summary["variants"].items()
         },
     )
 
 
-def _energy_share(found: Candidate) -> float | None:
-    if found.energy_mj is None:
-        return None
-    if found.variant == "dense":
-        return 1.0
-    return None if found.energy_ratio is None else found.energy_ratio.value
+def _energy_share(found: Candidate, dense: Candidate) -> float | None:
+    ratio = energy_ratio(found.windows, dense.windows)
+    return None if ratio is None else ratio.value
 
 
 def _machine(results: Results) -> str:
@@ -190,8 +196,6 @@ def _bytes(manifest: bundle.Manifest, variant: str) -> int:
 
 def _development_accuracy(job: Job) -> dict[str, float]:
     """Of each variant's artifact, and of the pair at its threshold."""
-    import numpy as np
-
     from greenprune import compilation, deployment
     from greenprune.runtime import decide
 
