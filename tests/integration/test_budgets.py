@@ -104,6 +104,12 @@ def test_a_budget_is_held_as_measured(
             runs=tmp_path / "runs",
             name="elsewhere",
         )
+    with pytest.raises(MeasurementError, match=r"of openvino, as compile\.runtimes"):
+        api.prune(
+            overrides=[*asked, f'prune.cost_table="{carried}"', 'compile.runtimes=["openvino"]'],
+            runs=tmp_path / "runs",
+            name="elsewhere",
+        )
     with pytest.raises(PruningError, match=r"smallest latency_ms that can be reached is .*x0\.01"):
         api.prune(
             overrides=[*overrides, 'prune.aggressive.budget=["latency x0.01"]'],
@@ -135,6 +141,15 @@ def test_a_device_elsewhere_needs_its_table(tmp_path: Path, overrides: list[str]
     assert found["predicted"] <= found["goal"] == pytest.approx(0.7 * found["dense"])
 
 
+def test_joules_that_no_meter_measures_are_refused_before_pruning(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    asked = [*overrides, 'prune.aggressive.budget=["energy x0.7"]']
+    with pytest.raises(PruningError, match=r"no joules.*ask for latency instead"):
+        api.prune(overrides=asked, runs=tmp_path / "runs", name="joules")
+    assert not (tmp_path / "runs" / "joules" / "sparsify").exists()
+
+
 def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:
     """A residual network, cut in two steps, of which the first may take a block."""
     asked = [
@@ -157,7 +172,8 @@ def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:
     found = results_of(made["run"], "prune")["aggressive"]
     first, second = found["budget"]
     assert first["quantities"]["macs"]["goal"] > second["quantities"]["macs"]["goal"]
-    assert found["removed_blocks"] == first["removed_blocks"] != []
+    assert found["removed_blocks"], "blocks go before the first step, by the whole way's choice"
+    assert not first["removed_blocks"]
     assert not second["removed_blocks"]
     assert found["macs_share"] <= 0.2
     assert made["variants"]["aggressive"]["macs"] == found["macs"]

@@ -276,3 +276,33 @@ def test_a_damaged_description_of_a_run_is_a_run_error(tmp_path: Path, content: 
 def test_a_missing_description_of_a_run_is_a_run_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"run\.json"):
         recipe.read_back(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prune.blocks=true"], "prune.blocks is for budgets, and there is none"),
+        (["prune.steps=3"], "prune.steps is for budgets"),
+        (['prune.cost_table="t.json"'], "prune.cost_table is for budgets"),
+        (
+            ['prune.mild.budget=["latency x2"]'],
+            r"prune\.mild\.budget: budget 'latency x2'.*above 1",
+        ),
+        (['prune.mild.budget=["macs x0.5"]', "prune.mild.rates={conv1=0.5}"], "leave one out"),
+        (
+            ['prune.mild.budget=["macs x0.3"]', 'prune.aggressive.budget=["macs x0.9"]'],
+            "the aggressive network is the smaller of the pair",
+        ),
+        (['prune.method="gates"', 'prune.mild.budget=["macs x0.3"]'], "leave rates, budget and"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe.load(None, overrides)
+
+
+def test_a_cost_table_is_found_from_the_recipes_folder(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(
+        '[prune]\ncost_table = "table.json"\nmild.budget = ["latency x0.5"]\n'
+    )
+    assert recipe.load(tmp_path / "own.toml").prune.cost_table == str(tmp_path / "table.json")

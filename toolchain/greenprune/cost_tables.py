@@ -16,6 +16,7 @@ from greenprune.progress import say
 from greenprune.pruning import probe_graphs
 from greenprune.pruning.layer_shapes import PricedLayer
 from greenprune.pruning.predictor import Predictor
+from greenprune.pruning.probe_graphs import Grid
 from greenprune.registry import Target, device_kind, load_target
 from greenprune.schema import encode
 
@@ -28,13 +29,14 @@ def table_for(
     threads: int = 0,
     network: str = "the network",
     grid_block: int | None = None,
+    joules: bool = False,
     cache: Path | None = None,
 ) -> CostTable:
     """The cost table of a network's layers on this machine.
 
     Taken from the cache where it has one of this device, runtime and its version, precision and
-    threads with all of the layers; else measured, and kept there. A measurement that was
-    interrupted goes on where it was.
+    threads that was measured at all of the layers' grid; else measured, and kept there. A
+    measurement that was interrupted goes on where it was.
 
     Args:
         layers: see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
@@ -43,6 +45,7 @@ def table_for(
         threads: of a session; 0 means one for each core.
         network: what people call the network.
         grid_block: widths are measured at multiples of it; None: the target's ``width_multiple``.
+        joules: a table in the cache that has none will not do.
         cache: None: ``$XDG_CACHE_HOME/greenprune/cost-tables``, else under ``~/.cache``.
 
     Raises:
@@ -60,10 +63,11 @@ def table_for(
     block = grid_block or device.capabilities.width_multiple
     threads = session_threads(threads)
     folder = (cache or _user_cache()) / _key(device, runtime, threads, block)
-    found = _cached(folder, layers, device, runtime, threads)
-    if found is not None:
+    wanted = probe_graphs.grids(layers, block)
+    found = _cached(folder, wanted, device, runtime, threads)
+    if found is not None and (not joules or "energy_mj" in Predictor(layers, found).prices()):
         return found
-    path = folder / f"{storage.sha256_of(encode(probe_graphs.grids(layers, block)))[:16]}.json"
+    path = folder / f"{storage.sha256_of(encode(wanted))[:16]}.json"
     say(f"cost table of {network}: measuring on {runtime}, to be kept in {path}")
     graphs = path.with_suffix(".graphs")  # kept until the table is: a resumed one measures the same
     if not _whole(graphs):
@@ -125,9 +129,10 @@ def _key(device: Target, runtime: str, threads: int, block: int) -> str:
 
 
 def _cached(
-    folder: Path, layers: Sequence[PricedLayer], device: Target, runtime: str, threads: int
+    folder: Path, wanted: Sequence[Grid], device: Target, runtime: str, threads: int
 ) -> CostTable | None:
-    """A table in the cache that has all layers; others, and what does not open, are passed over."""
+    """A table in the cache with all points wanted; others, and what does not open, are passed
+    over: that of a wider network says little of narrow layers."""
     for path in sorted(folder.glob("*.json")):
         try:
             table = cost_table.read(path)
@@ -138,11 +143,20 @@ def _cached(
                 threads=threads,
                 machine=cost_table.describe_machine(device),
             )
-            Predictor(layers, table)
         except GreenpruneError:
             continue
-        return table
+        if all(_has(table, grid) for grid in wanted):
+            return table
     return None
+
+
+def _has(table: CostTable, grid: Grid) -> bool:
+    points: set[tuple[int, int]] = set()
+    for costs in table.costs:
+        if costs.shape == grid.shape:
+            own = {(point.in_width, point.out_width) for point in costs.points}
+            points = own | {each[::-1] for each in own} if costs.mirrored else own
+    return points.issuperset((*grid.chains, *grid.fans))
 
 
 def _whole(graphs: Path) -> bool:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from greenprune import compilation, cost_tables, models, whole_networks
+from greenprune import compilation, cost_tables, models, processes, whole_networks
 from greenprune import stage_parts as parts
-from greenprune.errors import PruningError, StorageError
+from greenprune.errors import MeasurementError, NotAvailableError, PruningError, StorageError
 from greenprune.harness import cost_plan, cost_table
 from greenprune.harness.cost_table import CostTable
 from greenprune.harness.race import Race
 from greenprune.pipeline import Job, Work
 from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
 from greenprune.pruning.graph import Analysis
-from greenprune.pruning.layer_shapes import shapes_of
+from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
 from greenprune.pruning.predictor import Predictor
 from greenprune.recipe import Recipe
 from greenprune.registry import load_target, split_runtime
@@ -30,10 +31,52 @@ RACED_IMAGES = 16
 
 def is_asked(recipe: Recipe) -> bool:
     """Whether a budget is in what only a device can tell."""
+    return any(limit.quantity in MEASURED for limit in _limits(recipe))
+
+
+def _limits(recipe: Recipe) -> list[limits.Limit]:
     variants = (recipe.prune.mild, recipe.prune.aggressive)
-    return any(
-        limit.quantity in MEASURED for own in variants for limit in limits.parse_all(own.budget)
-    )
+    return [limit for own in variants for limit in limits.parse_all(own.budget)]
+
+
+def preflight(job: Job) -> None:
+    """What can be said of the budgets before anything is trained.
+
+    Raises:
+        PruningError: the device is not here, and there is no table of it.
+        MeasurementError: the table is of another target or runtime, or damaged.
+        NotAvailableError: steps under torchrun.
+    """
+    settings = job.recipe.prune
+    if settings.steps > 1 and _limits(job.recipe) and processes.count() > 1:
+        raise NotAvailableError("prune.steps above 1 under torchrun; use one process")
+    if not is_asked(job.recipe):
+        return
+    if settings.cost_table is not None:
+        _carried(job, Path(settings.cost_table), ())
+    else:
+        _check_here(job)
+
+
+def _carried(job: Job, path: Path, layers: Sequence[PricedLayer]) -> CostTable:
+    """The table that the recipe names, of the device and the precision that it is for."""
+    target, threads = load_target(job.recipe.compile.target), job.recipe.threads
+    table = cost_tables.table_from_file(path, layers, target=target.name, threads=threads or None)
+    wanted = _in_precision(job)
+    if table.runtime not in wanted:
+        raise MeasurementError(
+            f"{path}: expected a cost table of {' or '.join(wanted)}, as compile.runtimes and "
+            f"compile.precision have it, it is of '{table.runtime}'; measure one, or change them"
+        )
+    if target.is_here():
+        cost_table.check_device(
+            table,
+            target=target.name,
+            runtime=table.runtime,
+            threads=table.threads,
+            machine=cost_table.describe_machine(target),
+        )
+    return table
 
 
 def price(work: Work) -> dict[str, Any]:
@@ -45,9 +88,7 @@ def price(work: Work) -> dict[str, Any]:
     layers = shapes_of(network, example, analysis)
     target = job.recipe.compile.target
     if job.recipe.prune.cost_table is not None:
-        table = cost_tables.table_from_file(
-            Path(job.recipe.prune.cost_table), layers, target=target
-        )
+        table = _carried(job, Path(job.recipe.prune.cost_table), layers)
         told = "carried back"
     else:
         table = cost_tables.table_for(
@@ -57,11 +98,18 @@ def price(work: Work) -> dict[str, Any]:
             threads=job.recipe.threads,
             network=job.recipe.name,
             grid_block=width_multiple(job),
+            joules=any(limit.quantity == "energy_mj" for limit in _limits(job.recipe)),
         )
         told = f"{table.seconds:.0f} s of measuring"
     cost_table.write(table, work.folder / TABLE)
+    prices = Predictor(layers, table).prices()
+    for limit in _limits(job.recipe):
+        if limit.quantity in MEASURED and limit.quantity not in prices:
+            raise PruningError(
+                f"budget '{limit}': the cost table has no joules, since no meter measures where it "
+                "was made (`greenprune doctor` says why); ask for latency instead"
+            )
     for variant in parts.PRUNED:
-        prices = Predictor(layers, table).prices()
         within.check_reachable(terms_of(job, variant), network, analysis, example, prices)
     return {
         "runtime": table.runtime,
@@ -102,16 +150,19 @@ def _in_precision(job: Job) -> list[str]:
 
 def _fastest(job: Job, network: nn.Module) -> str:
     """The runtime that the dense network is fastest on, in the precision that is asked for."""
+    wanted = _in_precision(job)
+    if len(wanted) == 1:
+        return wanted[0]
+    return _race(job, {"dense": network}, wanted).order[0]
+
+
+def _check_here(job: Job) -> None:
     if not load_target(job.recipe.compile.target).is_here():
         raise PruningError(
             f"budgets in latency or energy of '{job.recipe.compile.target}' need a table measured "
             "on it, and this machine is none; write the graphs with `greenprune cost-table`, "
             "measure them there, and name the table in prune.cost_table"
         )
-    wanted = _in_precision(job)
-    if len(wanted) == 1:
-        return wanted[0]
-    return _race(job, {"dense": network}, wanted).order[0]
 
 
 def _race(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequence[str]) -> Race:
@@ -127,15 +178,14 @@ def _race(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequence[str]) 
     )
 
 
-def terms_of(job: Job, variant: str, *, step: int = 1) -> within.Terms:
-    """What a variant may cost after a step of the recipe's."""
+def terms_of(job: Job, variant: str) -> within.Terms:
+    """What a variant may cost in the end, and how it may get there."""
     settings = job.recipe.prune
     return within.Terms(
         limits=limits.parse_all(getattr(settings, variant).budget),
         width_multiple=width_multiple(job),
         keep_at_least=settings.keep_at_least,
-        blocks=settings.blocks and step == 1,  # a record has blocks go before channels
-        way=step / settings.steps,
+        blocks=settings.blocks,
     )
 
 
@@ -152,9 +202,19 @@ def price_of(job: Job) -> within.Price:
     job.results(STAGE)  # finished, and up to date
     table: CostTable = cost_table.read(job.place(STAGE) / TABLE)
     example = parts.example_of(job.data)
+    dense = parts.load(job, "train")[0]
+    priced = {
+        layer.module: layer.shape
+        for layer in shapes_of(dense, example, surgery.analyse_and_try(dense, example))
+    }
 
     def of(network: nn.Module, analysis: Analysis) -> dict[str, optimise.Prices]:
-        return Predictor(shapes_of(network, example, analysis), table).prices()
+        # what a removed block leaves may follow a layer otherwise; it was priced as it was
+        layers = [
+            layer if layer.together else replace(layer, shape=priced[layer.module])
+            for layer in shapes_of(network, example, analysis)
+        ]
+        return Predictor(layers, table).prices()
 
     return of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,10 +129,14 @@ def _within_budget(
         The channels that the first step took, and the results.
     """
     job, settings = work.job, work.job.recipe.prune
+    terms = prune_budget.terms_of(job, variant)
     subject, told, gone = first, [], None
+    if settings.blocks and settings.steps > 1:
+        subject = _without_blocks(job, first, terms)
+        terms = replace(terms, blocks=False)
     for step in range(1, settings.steps + 1):
         settled = within.cut_within(
-            prune_budget.terms_of(job, variant, step=step),
+            replace(terms, way=step / settings.steps),
             first.network,
             subject.network,
             subject.analysis,
@@ -158,6 +162,23 @@ def _within_budget(
     results = _saved(work, first, left, tried, variant)
     blocks = list(left.described.removed_blocks)
     return gone or {}, {**results, "budget": told, "removed_blocks": blocks}
+
+
+def _without_blocks(job: Job, first: Subject, terms: within.Terms) -> Subject:
+    """With several steps, the blocks that the whole way needs gone go before the first: a record
+    has blocks go before channels, and no later step could take one."""
+    example = parts.example_of(job.data)
+    price = prune_budget.price_of(job)
+    settled = within.cut_within(
+        terms, first.network, first.network, first.analysis, first.scores, example, price
+    )
+    gone = settled.choice.removed_blocks
+    if not gone:
+        return first
+    cut = removal.cut(first.network, example, first.analysis.groups, {}, gone)
+    analysis = surgery.analyse_and_try(cut.network, example)
+    scores = _score(job, cut.network, analysis).scores
+    return Subject(cut.network, first.described.without_blocks(*gone), analysis, scores)
 
 
 def _train_between(work: Work, dense: nn.Module, network: nn.Module, name: str) -> None:
@@ -309,6 +330,7 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
         for variant in parts.PRUNED:
             gates.build(network, example, _gate_settings(job, variant))
         return
+    prune_budget.preflight(job)
     analysis = surgery.analyse_and_try(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:

@@ -372,6 +372,7 @@ def _check(recipe: Recipe, where: str) -> None:
     for name, own in (("mild", mild), ("aggressive", aggressive)):
         _check_variant(own, f"{where}: prune.{name}")
     smaller = (aggressive.macs, aggressive.params) < (mild.macs, mild.params)
+    _check_budgets(recipe, where)
     by_shares = not any(own.rates or own.budget for own in (mild, aggressive))
     if by_shares and not smaller:
         raise RecipeError(
@@ -392,6 +393,30 @@ def _check(recipe: Recipe, where: str) -> None:
             "this recipe and seed hold out"
         )
     check_name(recipe.name, where)
+
+
+def _check_budgets(recipe: Recipe, where: str) -> None:
+    """Raises RecipeError: settings of budgets without one, or a pair the wrong way round."""
+    prune = recipe.prune
+    if not prune.mild.budget and not prune.aggressive.budget:
+        given = {"blocks": prune.blocks, "steps": prune.steps > 1, "cost_table": prune.cost_table}
+        for name, value in given.items():
+            if value:
+                raise RecipeError(
+                    f"{where}: prune.{name} is for budgets, and there is none; expected one in "
+                    f"prune.mild.budget or prune.aggressive.budget: give one, or leave {name} out"
+                )
+    mild = {limit.quantity: limit for limit in limits.parse_all(prune.mild.budget)}
+    for limit in limits.parse_all(prune.aggressive.budget):
+        other = mild.get(limit.quantity)
+        for own, looser in (
+            ((limit.share, other.share), (limit.value, other.value)) if other else ()
+        ):
+            if own is not None and looser is not None and own > looser:
+                raise RecipeError(
+                    f"{where}: prune.aggressive.budget '{limit}' must not be above that of "
+                    f"prune.mild, '{other}'; the aggressive network is the smaller of the pair"
+                )
 
 
 def _check_variant(own: VariantSettings, where: str) -> None:

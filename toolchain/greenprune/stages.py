@@ -23,9 +23,11 @@ from greenprune import stage_parts as parts
 from greenprune.adaptive import selector as selecting
 from greenprune.cores import session_threads
 from greenprune.errors import DataError, NotAvailableError, RecipeError, WeightsError
+from greenprune.harness import cost_table
 from greenprune.pipeline import Job, Stage, Work
 from greenprune.pruning import record
 from greenprune.recipe import Recipe
+from greenprune.registry import load_target
 
 REFERENCE_IMAGES = 16
 
@@ -80,8 +82,15 @@ def _price_depends(job: Job) -> Any:
         "threads": session_threads(job.recipe.threads),
         "budgets": [list(settings.mild.budget), list(settings.aggressive.budget)],
         "widths": [prune_budget.width_multiple(job), settings.keep_at_least, settings.blocks],
-        "table": storage.sha256(Path(table)) if table else None,
+        "table": storage.sha256(Path(table)) if table else _machine(compiled.target),
+        "calibration": compiled.calibration_images if compiled.precision == "int8" else None,
     }
+
+
+def _machine(target: str) -> Any:
+    """What a table that is measured here is bound to."""
+    device = load_target(target)
+    return cost_table.describe_machine(device) if device.is_here() else None
 
 
 def _finetune_depends(variant: str) -> Any:

@@ -34,6 +34,7 @@ class Space:
         prices: Mapping[str, Prices],
         multiple: int,
         keep_at_least: float,
+        whole_widths: Mapping[str, int],
         blocks: Mapping[str, Block],
         block_importance: Mapping[str, float],
     ) -> None:
@@ -41,7 +42,10 @@ class Space:
         self.prices = prices
         self.multiple, self.keep_at_least = multiple, keep_at_least
         self.places = {group.name: place for place, group in enumerate(self.groups)}
-        self.candidates = [self._widths(group.channels) for group in self.groups]
+        self.candidates = [
+            self._widths(group.channels, whole_widths.get(group.name, group.channels))
+            for group in self.groups
+        ]
         self.order = [np.argsort(scores[group.name], kind="stable") for group in self.groups]
         self.lost = [
             np.concatenate([[0.0], np.cumsum(scores[group.name][order])])
@@ -65,8 +69,8 @@ class Space:
             gone=np.zeros((1, len(self.inner)), dtype=bool),
         )
 
-    def _widths(self, channels: int) -> Ints:
-        floor = max(1, int(np.ceil(self.keep_at_least * channels)))
+    def _widths(self, channels: int, whole: int) -> Ints:
+        floor = max(1, int(np.ceil(self.keep_at_least * whole)))
         least = -(-floor // self.multiple) * self.multiple
         return np.array([*range(least, channels, self.multiple), channels], dtype=np.int64)
 

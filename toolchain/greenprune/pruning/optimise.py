@@ -28,6 +28,8 @@ __all__ = ["Choice", "CostFunction", "Floats", "Ints", "Prices", "Term", "choose
 
 MOST_VARIABLES = 100_000
 """Of a program that is to be solved in seconds."""
+ROUNDING = 1e-9
+"""A limit may be passed by this share of it: sums of the same costs differ by their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ def choose(
     prices: Mapping[str, Prices] | None = None,
     width_multiple: int = 8,
     keep_at_least: float = 0.2,
+    whole_widths: Mapping[str, int] | None = None,
     blocks: Mapping[str, Block] | None = None,
     block_importance: Mapping[str, float] | None = None,
     gap: float = 1e-4,
@@ -73,6 +76,8 @@ def choose(
         prices: of measured quantities, by name, in the limits' units.
         width_multiple: widths that are kept are multiples of this, or whole.
         keep_at_least: share of its channels that each group keeps, unless its block goes.
+        whole_widths: group name to the width that this is a share of, where channels went before;
+            None: as they are.
         blocks: those that may go, as
             :func:`greenprune.pruning.blocks.removable_blocks` finds them. Blocks without a group
             that is wholly inside, and whose cost the analysis does not account for, stay.
@@ -99,16 +104,22 @@ def choose(
         prices=priced,
         multiple=width_multiple,
         keep_at_least=keep_at_least,
+        whole_widths=whole_widths or {},
         blocks=blocks or {},
         block_importance=block_importance or {},
     )
     dense = {name: float(values[0]) for name, values in space.costs(space.whole).items()}
     most: dict[str, float] = {
-        limit.quantity: allowed(limit, dense[limit.quantity]) for limit in limits
+        limit.quantity: allowed(limit, dense[limit.quantity]) * (1 + ROUNDING) for limit in limits
     }
     found, bound = _search(space, most, gap, started + seconds)
     if found is None:
-        raise _unreachable(space, limits, most, dense, seconds)
+        cheapest = {name: _cheapest(space, name, dense[name], seconds) for name in most}
+        # a limit at the very edge of what can be reached: the solver steps over it, by rounding
+        found = next((each for each in cheapest.values() if _fits(space, each, most).all()), None)
+        bound = 1.0
+        if found is None:
+            raise _unreachable(space, limits, most, dense, cheapest)
     kept = float(space.kept(found)[0])
     widths, gone = found.widths[0], found.gone[0]
     return Choice(
@@ -238,24 +249,33 @@ def _polished(space: Space, found: Points, limits: Mapping[str, float]) -> Point
         found = Points(widths=rows[[best]], gone=found.gone)
 
 
+def _cheapest(space: Space, name: str, dense: float, seconds: float) -> Points:
+    """The choice that costs least in one quantity.
+
+    Raises:
+        PruningError: none was found in the time.
+    """
+    program, _ = _program(space, {name: 2 * dense})
+    columns, costs = program.cost(name)
+    objective = np.zeros(len(program.binary))
+    objective[columns] = costs / dense
+    found, _ = program.solve(objective, 1e-9, time.monotonic() + seconds)
+    if found is None:
+        raise PruningError(f"no choice was found in {seconds:g} s; give the solver more time")
+    return found
+
+
 def _unreachable(
     space: Space,
     limits: Sequence[Limit],
     most: Mapping[str, float],
     dense: Mapping[str, float],
-    seconds: float,
+    cheapest: Mapping[str, Points],
 ) -> PruningError:
     """The error for limits that no choice meets: it names the smallest value of each quantity."""
     said, alone = [], True
-    program, _ = _program(space, {})
     for limit in limits:
-        columns, costs = program.cost(limit.quantity)
-        objective = np.zeros(len(program.binary))
-        objective[columns] = costs / dense[limit.quantity]
-        found, _ = program.solve(objective, 1e-6, time.monotonic() + seconds)
-        if found is None:
-            return PruningError(f"no choice was found in {seconds:g} s; give the solver more time")
-        least = float(space.costs(found)[limit.quantity][0])
+        least = float(space.costs(cheapest[limit.quantity])[limit.quantity][0])
         alone = alone and least <= most[limit.quantity]
         said.append(
             f"the smallest {limit.quantity} that can be reached is {least:.7g} "

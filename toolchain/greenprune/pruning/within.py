@@ -7,7 +7,6 @@ within the user's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +20,12 @@ from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit
 from greenprune.pruning.scores import Scores
 
-TRIES = 5
+TRIES = 8
 SPARE = 0.05
 """A network measured this much below its limit has given up more than it had to."""
+STEP, MOST_STEP = 0.99, 0.4
+"""While nothing was within the limit, the next aim is so far below all before it, at least and at
+most."""
 
 Price = Callable[[nn.Module, Analysis], Mapping[str, optimise.Prices]]
 """What a network costs at each of its widths, by quantity, beside MACs and parameters."""
@@ -94,10 +96,11 @@ def cut_within(
     }
     blocks = surgery.removable_blocks(network, example_input) if terms.blocks else {}
     latency = next((limit for limit in terms.limits if limit.quantity == "latency_ms"), None)
-    aims: list[tuple[float, float]] = []
+    whole_widths = _whole_widths(dense, analysis, example_input)
+    seen: list[tuple[float, float]] = []
     found: list[Settled] = []
     for tries in range(1, TRIES + 1):
-        aim = _aim(aims)
+        aim = _aim(seen)
         asked = [
             Limit(
                 quantity=limit.quantity,
@@ -113,6 +116,7 @@ def cut_within(
                 prices=prices,
                 width_multiple=terms.width_multiple,
                 keep_at_least=terms.keep_at_least,
+                whole_widths=whole_widths,
                 blocks=blocks,
             )
         except PruningError:
@@ -125,6 +129,13 @@ def cut_within(
         settled = Settled(choice=choice, cut=cut, dense=whole, goals=goals, tries=tries)
         if latency is None or measure is None:
             return settled
+        predicted = choice.predicted["latency_ms"] / goals["latency_ms"]
+        again = next((over for each, over in seen if each == predicted), None)
+        if again is not None and again <= 1:
+            break  # nothing lies between this choice and what was too slow
+        if again is not None:
+            seen.append((predicted, again))
+            continue
         dense_ms, pruned_ms = measure(dense, cut.network)
         settled = replace(
             settled,
@@ -136,28 +147,50 @@ def cut_within(
         over = pruned_ms / _along(terms.way, dense_ms, latency)
         if 1 - SPARE <= over <= 1 or (over < 1 and not choice.removed):
             break
-        aims.append((aim, over))
+        seen.append((predicted, over))
     return _best(found, terms)
 
 
-def _aim(tried: list[tuple[float, float]]) -> float:
+def _aim(seen: list[tuple[float, float]]) -> float:
     """What to multiply the limit by that the prediction is held to.
 
     Args:
-        tried: what was, and measured over allowed then. Between the nearest on both sides of 1 the
-            logarithms are interpolated; with one side alone, the ratio is believed.
+        seen: of each choice so far, predicted over the limit and measured over the allowed; one is
+            taken to be a straight line of the other: through the nearest on both sides of 1, else
+            through the two nearest, else through the origin.
     """
-    if not tried:
+    if not seen:
         return 1.0
     wanted = 1 - SPARE / 2
-    below = max((each for each in tried if each[1] <= 1), default=None)
-    above = min((each for each in tried if each[1] > 1), default=None)
-    if below is None or above is None or below[0] >= above[0]:
-        aim, over = tried[-1]
-        return aim * wanted / over
-    (low, under), (high, over) = below, above
-    part = math.log(wanted / under) / math.log(over / under)
-    return float(low * (high / low) ** part)
+    below = max((each for each in seen if each[1] <= 1), default=None)
+    above = min((each for each in seen if each[1] > 1), default=None)
+    x, y = seen[-1]
+    nearest = sorted(set(seen))[-2:] if below else sorted(set(seen))[:2]
+    if below and above:
+        nearest = [below, above]
+    aim = x * wanted / y
+    if len(nearest) == 2:
+        (low, under), (high, over) = nearest
+        if high > low and over > under:
+            aim = low + (high - low) * (wanted - under) / (over - under)
+    if below and above and not below[0] < aim < above[0]:
+        aim = (below[0] + above[0]) / 2
+    if not below:
+        aim = min(aim, STEP * min(each[0] for each in seen))
+    return max(aim, MOST_STEP * min(each[0] for each in seen))
+
+
+def _whole_widths(dense: nn.Module, analysis: Analysis, example_input: Tensor) -> dict[str, int]:
+    """Group name to how many channels it had in the dense network."""
+    whole = {
+        part.module: group.channels
+        for group in analyse(dense, example_input).groups
+        for part in group.producers
+    }
+    return {
+        group.name: whole.get(group.producers[0].module, group.channels)
+        for group in analysis.groups
+    }
 
 
 def _best(found: list[Settled], terms: Terms) -> Settled:
