@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -48,12 +49,14 @@ def encode(value: Any) -> Any:
 def _refuse_unknown_keys(
     content: Any, kind: Any, where: str, path: str, error: type[GreenpruneError]
 ) -> None:
+    if not isinstance(content, (dict, list)):
+        return  # nearly all of a manifest: sessions are opened by it
     for candidate in _members(kind):
         origin = typing.get_origin(candidate)
         arguments = typing.get_args(candidate)
         if dataclasses.is_dataclass(candidate) and isinstance(content, dict):
-            hints = typing.get_type_hints(candidate)
-            known = [field.name for field in dataclasses.fields(candidate)]
+            hints = _hints(candidate)
+            known = list(hints)
             for key, value in content.items():
                 full = f"{path}.{key}" if path else str(key)
                 if key not in known:
@@ -69,6 +72,13 @@ def _refuse_unknown_keys(
         elif origin in (list, tuple) and isinstance(content, list) and arguments:
             for index, value in enumerate(content):
                 _refuse_unknown_keys(value, arguments[0], where, f"{path}[{index}]", error)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Type of each field of a dataclass: resolving them takes longer than all the rest."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _choices(kind: Any, key: str) -> list[str]:
