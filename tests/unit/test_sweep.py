@@ -32,7 +32,7 @@ from greenprune import (
 )
 from greenprune import recipe as recipes
 from greenprune._version import __version__
-from greenprune.errors import MissingPackageError, RecipeError, RunError
+from greenprune.errors import MissingPackageError, RecipeError, RunError, TargetError
 from greenprune.sweep_record import Energy, Figures, Measured, Point, Sweep
 
 # accuracy, development accuracy, ms, mJ, bytes
@@ -626,3 +626,19 @@ def test_page_without_joules_has_no_plot_of_them(folder: Path) -> None:
     assert "energy is left out of the comparison" in text
     assert "NOT VALID" in text
     assert answer["fronts"]["x86"]["left_out"]
+
+
+def test_targets_are_known_before_anything_is_trained() -> None:
+    with pytest.raises(TargetError, match="nosuch"):
+        sweep_points.plan(None, [["macs x0.5"]], ["x86", "nosuch"])
+    with pytest.raises(RecipeError, match="is there twice"):
+        sweep_points.plan(None, [["macs x0.5"]], ["jetson", "jetson-orin-nano"])
+
+
+def test_an_address_that_is_none() -> None:
+    pytest.importorskip("ray")
+    with (
+        pytest.raises(RunError, match="without --address"),
+        sweep_cluster.joined("local", 1),
+    ):
+        pass

@@ -8,6 +8,7 @@ for a token that only this process and its workers have.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -59,7 +60,7 @@ def joined(address: str | None, workers: int) -> Iterator[Any]:
         MissingPackageError: Ray is not installed.
         RunError: the address does not answer, or Ray does not start.
     """
-    own = {**PRIVATE, "RAY_AUTH_TOKEN": secrets.token_hex(32)} if address is None else {}
+    own = {**PRIVATE, "RAY_AUTH_TOKEN": _token()} if address is None else {}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     with _environment({**ENVIRONMENT, **own}):
         try:
@@ -81,6 +82,12 @@ def joined(address: str | None, workers: int) -> Iterator[Any]:
             ) from error
         finally:
             ray.shutdown()
+
+
+@functools.cache
+def _token() -> str:
+    """One for this process: Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 @contextmanager
@@ -123,6 +130,10 @@ def _start(ray: Any, workers: int, quiet: dict[str, Any]) -> None:
 
 def _probe(address: str) -> None:
     """Ask in a process of its own, which can be ended: Ray itself may wait, or abort."""
+    if address == "local":
+        raise RunError(
+            "--address local: a Ray of this machine's own is what comes without --address"
+        )
     place = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     try:
         if place:
@@ -163,6 +174,8 @@ def check_nodes(ray: Any, folder: Path) -> None:
     Raises:
         RunError: one does not.
     """
+    for left in folder.glob(".token-*"):  # by a sweep that was killed
+        left.unlink(missing_ok=True)
     token = folder / f".token-{uuid.uuid4().hex}"
     token.touch()
     try:

@@ -12,6 +12,7 @@ from greenprune import api
 from greenprune.errors import RecipeError
 from greenprune.pruning.limits import Limit, parse_all
 from greenprune.recipe import Recipe
+from greenprune.registry import load_target
 from greenprune.sweep_record import Point
 
 BASE = "base"
@@ -29,13 +30,14 @@ def plan(
     """Every pair of a target and a set of budgets, with its recipe, checked.
 
     Raises:
-        RecipeError: a budget, a target or an override that cannot be, or a pair that is there
-            twice.
+        RecipeError: a budget or an override that cannot be, or a pair that is there twice.
+        TargetError: an unknown target.
     """
     if not budgets or not targets:
         raise RecipeError("a sweep: expected one set of budgets and one target at least, got none")
     planned: dict[str, tuple[Point, Recipe]] = {}
-    for target, texts in product(targets, budgets):
+    for named, texts in product(targets, budgets):
+        target = load_target(named).name
         limits = parse_all(texts)
         name = point_name(target, limits)
         if name in planned:
