@@ -55,7 +55,7 @@ def _refuse_unknown_keys(
         origin = typing.get_origin(candidate)
         arguments = typing.get_args(candidate)
         if dataclasses.is_dataclass(candidate) and isinstance(content, dict):
-            hints = _hints(candidate)
+            hints = _hints(typing.cast("Any", candidate))
             known = list(hints)
             for key, value in content.items():
                 full = f"{path}.{key}" if path else str(key)
