@@ -350,7 +350,7 @@ def _variant(job: Job, variant: str) -> bundle.Variant:
 
 def bundle_folder(job: Job) -> Path:
     """The finished bundle."""
-    return job.place(job.bundle_stage) / "bundle"
+    return job.bundle
 
 
 def measure(work: Work) -> dict[str, Any]:

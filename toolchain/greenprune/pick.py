@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from greenprune import api, deployment, pipeline, sweep_record
+from greenprune import api, pipeline, sweep_record
 from greenprune import recipe as recipes
 from greenprune.errors import RunError
 from greenprune.sweep_record import Candidate
@@ -67,5 +67,5 @@ def pick(
     run = folder / chosen.point
     job = pipeline.Job(recipes.read_back(run / pipeline.RUN_FILE), run)
     destination = output or Path(f"{sweep.name}-{chosen.point}.bundle")
-    made = api.copy_bundle(deployment.bundle_folder(job), destination)
+    made = api.copy_bundle(job.bundle, destination)
     return Picked(candidate=chosen, bundle=made)

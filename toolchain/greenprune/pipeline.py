@@ -71,6 +71,11 @@ class Job:
         """Name of the stage that holds the bundle for this recipe's target."""
         return f"bundle-{self.recipe.compile.target}"
 
+    @property
+    def bundle(self) -> Path:
+        """The folder of the bundle for this recipe's target."""
+        return self.place(self.bundle_stage) / "bundle"
+
     def checkpoint(self, stage: str, inputs_sha256: str) -> Path:
         """Where a training stage keeps its last epoch until it is finished."""
         return self.folder / "checkpoints" / f"{stage}-{inputs_sha256[:16]}.safetensors"
