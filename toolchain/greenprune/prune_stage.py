@@ -130,9 +130,10 @@ def _within_budget(
     """
     job, settings = work.job, work.job.recipe.prune
     terms = prune_budget.terms_of(job, variant)
+    price, measured = prune_budget.price_of(job), prune_budget.measure_of(job)
     subject, told, gone = first, [], None
     if settings.blocks and settings.steps > 1:
-        subject = _without_blocks(job, first, terms)
+        subject = _without_blocks(job, first, terms, price)
         terms = replace(terms, blocks=False)
     for step in range(1, settings.steps + 1):
         settled = within.cut_within(
@@ -142,8 +143,8 @@ def _within_budget(
             subject.analysis,
             subject.scores,
             parts.example_of(job.data),
-            prune_budget.price_of(job),
-            prune_budget.measure_of(job),
+            price,
+            measured,
         )
         told.append(within.described(settled))
         gone = settled.choice.removed if gone is None else gone
@@ -164,11 +165,10 @@ def _within_budget(
     return gone or {}, {**results, "budget": told, "removed_blocks": blocks}
 
 
-def _without_blocks(job: Job, first: Subject, terms: within.Terms) -> Subject:
+def _without_blocks(job: Job, first: Subject, terms: within.Terms, price: within.Price) -> Subject:
     """With several steps, the blocks that the whole way needs gone go before the first: a record
     has blocks go before channels, and no later step could take one."""
     example = parts.example_of(job.data)
-    price = prune_budget.price_of(job)
     settled = within.cut_within(
         terms, first.network, first.network, first.analysis, first.scores, example, price
     )
