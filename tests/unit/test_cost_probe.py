@@ -17,7 +17,7 @@ import pytest
 
 from greenprune import schema, storage
 from greenprune.errors import MeasurementError, TargetError
-from greenprune.harness import cost_probe, cost_table, cost_worker, protocol
+from greenprune.harness import cost_probe, cost_table, cost_worker, protocol, serving
 from greenprune.harness.cost_plan import Chain, ProbePlan, ProbePoint, ProbeShape, read_plan
 from greenprune.harness.cost_probe import measure
 from greenprune.harness.cost_table import LayerShape
@@ -203,7 +203,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
     )
     device.target = target
     monkeypatch.setattr(cost_probe, "load_target", lambda name: target)
-    monkeypatch.setattr(cost_probe, "CostClient", device.client)
+    monkeypatch.setattr(cost_probe, "Client", lambda name, module: device.client(name))
     monkeypatch.setattr(cost_probe, "_real_meter", lambda name: ("rapl", 0.001))
     monkeypatch.setattr(protocol, "LOCK", tmp_path / "lock")
     return device
@@ -458,7 +458,8 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> Chains:
 
 def serve(*requests: dict[str, Any]) -> list[dict[str, Any]]:
     answers = io.StringIO()
-    cost_worker.serve(io.StringIO("".join(json.dumps(each) + "\n" for each in requests)), answers)
+    lines = io.StringIO("".join(json.dumps(each) + "\n" for each in requests))
+    serving.answer(lines, answers, cost_worker.handler())
     return [json.loads(line) for line in answers.getvalue().splitlines()]
 
 

@@ -14,10 +14,8 @@ from typing import Any
 from greenprune.errors import MeasurementError
 
 CLOSE_SECONDS = 3.0
-START = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "from greenprune.harness.worker import main; main()"
-)
+WORKER = "greenprune.harness.worker"
+START = "import sys; sys.path[:] = filter(None, sys.path); from {} import main; main()"
 """Python puts the current folder first, and a file in it must never pass for a package: it may be
 a bundle that somebody sent."""
 
@@ -31,17 +29,17 @@ class WorkerError(MeasurementError):
 
 
 class Client:
-    """A worker process; ``name`` stands in messages, and ``start`` is the Python that serves.
+    """A worker process; ``name`` stands in messages, and ``module`` has the ``main`` that serves.
 
     ``single_seconds`` is how long its first inference took, 0 until that is known.
     """
 
-    def __init__(self, name: str, start: str = START) -> None:
+    def __init__(self, name: str, module: str = WORKER) -> None:
         self.name = name
         self.single_seconds = 0.0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", start],
+            [sys.executable, "-c", START.format(module)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

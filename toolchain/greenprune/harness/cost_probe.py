@@ -26,13 +26,14 @@ from greenprune.harness import cost_table, protocol
 from greenprune.harness.client import Client
 from greenprune.harness.cost_plan import PLAN, Chain, ProbePlan, ProbeShape, read_plan
 from greenprune.harness.cost_table import CostPoint, CostTable, ShapeCosts, find_block
-from greenprune.harness.cost_worker import CostClient, window_seconds
+from greenprune.harness.cost_worker import window_seconds
 from greenprune.harness.environment import versions
 from greenprune.harness.statistics import order_interval
 from greenprune.meters import open_meter
 from greenprune.progress import Advance, progress, say
 from greenprune.registry import Target, device_kind, load_target, split_runtime
 
+WORKER = "greenprune.harness.cost_worker"
 EXTRA_ROUNDS = 3
 """So many more for points that are in doubt after the first rounds."""
 SPREAD = 0.3
@@ -263,7 +264,7 @@ def _run_round(
     order = list(todo)
     draw.shuffle(order)
     try:
-        with closing(CostClient(f"{settings.folder} on {settings.runtime}")) as client:
+        with closing(Client(f"{settings.folder} on {settings.runtime}", WORKER)) as client:
             client.ask(
                 "open",
                 protocol.LOAD_LIMIT_SECONDS,

@@ -1,25 +1,22 @@
 """The process that measures chains; :mod:`greenprune.harness.cost_probe` starts it.
 
-Requests and answers are lines of JSON, as those of :mod:`greenprune.harness.worker`: ``open``,
-which comes first and once, and ``window`` for each chain.
+They talk as :mod:`greenprune.harness.serving` says. Commands are ``open``, which comes first and
+once, and ``window`` for each chain.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from greenprune.errors import GreenpruneError, MeasurementError
-from greenprune.harness.client import Client
+from greenprune.errors import MeasurementError
+from greenprune.harness.serving import Handle, serve
 from greenprune.meters import open_meter
 from greenprune.registry import Runner, load_target
 
@@ -33,23 +30,9 @@ slopes of chains of 3x3 convolutions on ONNX Runtime differed from round to roun
 25th percentile, by 1 to 6% by the median; the smallest values say no more than it does."""
 
 
-START = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "from greenprune.harness.cost_worker import main; main()"
-)
-"""Without the current folder, as :data:`greenprune.harness.client.START`."""
-
-
 def window_seconds(period_seconds: float) -> float:
     """How long a window is at least, by the period of the meter's updates; 0 without a meter."""
     return max(WINDOW_SECONDS, COUNTER_UPDATES * period_seconds)
-
-
-class CostClient(Client):
-    """The parent's side: a client whose process is this module's."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, START)
 
 
 class CostWorker:
@@ -117,30 +100,22 @@ def _time(
     return np.asarray(latencies, dtype=np.int64)
 
 
-def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Answer requests until they end."""
+def handler() -> Handle:
+    """Answers to a client's commands, of which ``open`` comes first."""
     worker: CostWorker | None = None
-    for line in requests:
-        request = json.loads(line)
-        command = request.pop("command")
-        try:
-            if command == "open":
-                worker = CostWorker(**request)
-                answer: dict[str, Any] = {}
-            elif command == "window" and worker is not None:
-                answer = worker.window(**request)
-            else:
-                raise MeasurementError(f"expected 'open' and then 'window', got '{command}'")
-            reply: dict[str, Any] = {"answer": answer}
-        except GreenpruneError as error:
-            reply = {"error": str(error), "kind": type(error).__name__}
-        answers.write(json.dumps(reply, allow_nan=False) + "\n")
-        answers.flush()
+
+    def handle(command: str, request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal worker
+        if command == "open":
+            worker = CostWorker(**request)
+            return {}
+        if command == "window" and worker is not None:
+            return worker.window(**request)
+        raise MeasurementError(f"expected 'open' and then 'window', got '{command}'")
+
+    return handle
 
 
 def main() -> None:
-    """Serve on the real stdin and stdout, kept apart from what libraries print."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing stdin
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)
-        serve(sys.stdin, answers)
+    """Serve on stdin and stdout."""
+    serve(handler())

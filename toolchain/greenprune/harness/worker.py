@@ -1,31 +1,27 @@
 """One candidate in a process of its own, which :mod:`greenprune.harness.client` starts.
 
-Requests and answers are JSON, a line each, on stdin and stdout. A request is ``{"command": ...}``:
-``open``, which comes first and once, ``load``, ``idle``, ``window``; the end of stdin closes the
-worker. An answer is ``{"answer": ...}`` or ``{"error": text, "kind": name of the
-exception}``. Whatever else writes to stdout is sent to stderr.
+They talk as :mod:`greenprune.harness.serving` says. Commands are ``open``, which comes first and
+once, ``load``, ``idle`` and ``window``.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from greenprune import bundle as bundles
 from greenprune import schema
-from greenprune.errors import GreenpruneError, MeasurementError
+from greenprune.errors import MeasurementError
 from greenprune.harness.conditions import conditions_since, read_conditions
 from greenprune.harness.presets import Preset
+from greenprune.harness.serving import Handle, serve
 from greenprune.harness.statistics import summarise
 from greenprune.meters import Meter, open_meter
 from greenprune.registry import Runner, load_target
@@ -216,29 +212,23 @@ def _one_by_one(images: NDArray[Any]) -> list[Array]:
     return [np.ascontiguousarray(image[None], dtype=np.float32) for image in images]
 
 
-def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Answer requests until they end."""
+def handler() -> Handle:
+    """Answers to a client's commands, of which ``open`` comes first."""
     worker: Worker | None = None
-    for line in requests:
-        request = json.loads(line)
-        command = request.pop("command")
-        try:
-            if command not in ("open", "load", "idle", "window"):
-                raise MeasurementError(f"unknown command '{command}'")
-            if command == "open":
-                worker = Worker(request)
-            if worker is None:
-                raise MeasurementError(f"'{command}' before 'open'")
-            reply: dict[str, Any] = {"answer": getattr(worker, command)()}
-        except GreenpruneError as error:
-            reply = {"error": str(error), "kind": type(error).__name__}
-        answers.write(json.dumps(reply, allow_nan=False) + "\n")
-        answers.flush()
+
+    def handle(command: str, request: dict[str, Any]) -> Any:
+        nonlocal worker
+        if command not in ("open", "load", "idle", "window"):
+            raise MeasurementError(f"unknown command '{command}'")
+        if command == "open":
+            worker = Worker(request)
+        if worker is None:
+            raise MeasurementError(f"'{command}' before 'open'")
+        return getattr(worker, command)()
+
+    return handle
 
 
 def main() -> None:
-    """Serve on the real stdin and stdout, kept apart from what libraries print."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing stdin
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)
-        serve(sys.stdin, answers)
+    """Serve on stdin and stdout."""
+    serve(handler())
