@@ -47,7 +47,7 @@ def parse(text: str) -> Limit:
     """
     form = _FORM.fullmatch(text.strip())
     if form is None:
-        raise _refusal(text, "of another form")
+        raise _refusal(text, "a text of another form")
     name, number = form["name"], _number(text, form["number"])
     if form["relation"] == "<=":
         if name not in _ABSOLUTE:
