@@ -106,14 +106,6 @@ def refusal(path: Path, runtime: str) -> Iterator[None]:
         ) from error
 
 
-def user_cache(kind: str) -> Path:
-    """``$XDG_CACHE_HOME/greenprune/<kind>``, else under ``~/.cache``: what is compiled on this
-    machine and does not travel."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return home / "greenprune" / kind
-
-
 def processor(root: Path = Path("/")) -> dict[str, Any]:
     """Model, architecture, instruction sets and core count, read from ``root``/proc/cpuinfo.
 

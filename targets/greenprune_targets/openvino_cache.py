@@ -15,7 +15,7 @@ from typing import Any
 
 from greenprune import storage
 from greenprune.errors import StorageError
-from greenprune_targets.base import processor, user_cache
+from greenprune_targets.base import processor
 
 log = logging.getLogger(__name__)
 DIGEST = 64
@@ -32,7 +32,7 @@ def compile_model(core: Any, version: str, artifact: Path, settings: Mapping[str
         artifact: the ``.xml``, its ``.bin`` beside it.
         settings: for the CPU.
     """
-    path = user_cache("openvino") / f"{_key(version, artifact, settings)}.blob"
+    path = storage.user_cache("openvino") / f"{_key(version, artifact, settings)}.blob"
     blob = _read(path)
     if blob is not None:
         try:

@@ -20,8 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from greenprune.errors import TargetError
-from greenprune.storage import sha256, sha256_of, storage_errors, write_bytes, write_json
-from greenprune_targets.base import user_cache
+from greenprune.storage import (
+    sha256,
+    sha256_of,
+    storage_errors,
+    user_cache,
+    write_bytes,
+    write_json,
+)
 from greenprune_targets.board import describe
 from greenprune_targets.cuda_runtime import cuda_runtime, current_gpu, free_bytes
 from greenprune_targets.tensorrt_engine import OUTPUT_TYPES, Built, build, tensorrt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,7 @@ def table_for(
         )
     block = grid_block or device.capabilities.width_multiple
     threads = session_threads(threads)
-    folder = (cache or _user_cache()) / _key(device, runtime, threads, block)
+    folder = (cache or storage.user_cache("cost-tables")) / _key(device, runtime, threads, block)
     wanted = probe_graphs.grids(layers, block)
     found = _cached(folder, wanted, device, runtime, threads)
     if found is not None and (not joules or "energy_mj" in Predictor(layers, found).prices()):
@@ -165,9 +164,3 @@ def _whole(graphs: Path) -> bool:
     except MeasurementError:
         return False
     return True
-
-
-def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return home / "greenprune" / "cost-tables"

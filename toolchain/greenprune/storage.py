@@ -158,3 +158,11 @@ def sha256_of(content: Any) -> str:
     """The SHA-256 of JSON-like ``content`` in canonical form."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def user_cache(kind: str) -> Path:
+    """``$XDG_CACHE_HOME/greenprune/<kind>``, else under ``~/.cache``: what is made on this machine
+    and does not travel."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    return home / "greenprune" / kind

@@ -153,9 +153,9 @@ def _headline(sweep: Sweep, fronts: Sequence[Front]) -> str:
             continue
         best = found.candidates[found.knee]
         told += (
-            f"; on {found.target} the knee is {best.name}: {best.figures.accuracy:.2%} of the test "
-            f"images ({-100 * best.loss:+.2f} points against the dense network) at "
-            f"{best.costs[0]:.0%} of its latency"
+            f"; on {found.target} the knee is {best.name}: {best.figures.development_accuracy:.2%} "
+            f"of the development images ({-100 * best.loss:+.2f} points against the dense network) "
+            f"at {best.costs[0]:.0%} of its latency, {best.figures.accuracy:.2%} of the test images"
         )
     return f"{told}."
 
@@ -163,9 +163,9 @@ def _headline(sweep: Sweep, fronts: Sequence[Front]) -> str:
 def _caveats(sweep: Sweep, fronts: Sequence[Front]) -> list[str]:
     told = [
         "Shares are of the dense network on its fastest runtime, measured in the same run, in "
-        "alternating blocks; fronts, "
-        "hypervolume and knee go by these, so that what changed on the machine between two runs "
-        "falls out. The plots scale them by the median of the dense networks.",
+        "alternating blocks; fronts, hypervolume and knee go by these, so that what changed on the "
+        "machine between two runs falls out. The plots scale them by the median of the dense "
+        "networks.",
         "The hypervolume is what the front dominates of the box between the ideal (the dense "
         "network's accuracy for nothing) and the dense network's costs at a loss of "
         f"{100 * measures.WORST_LOSS:.0f} points of accuracy: 0 is no better than the dense "
@@ -216,7 +216,7 @@ def plots(found: Front) -> list[Plot]:
 
 def _plot(found: Front, unit: str, place: int, scale: float) -> Plot:
     costs = np.array([each.costs[place] or 0.0 for each in found.candidates]) * scale
-    accuracies = np.array([100 * each.figures.accuracy for each in found.candidates])
+    accuracies = np.array([100 * each.figures.development_accuracy for each in found.candidates])
     plane = measures.pareto(np.column_stack([-accuracies, costs]))
     estimate = _estimate(found.candidates) if unit == "mJ" else ""
 
@@ -242,14 +242,16 @@ def _plot(found: Front, unit: str, place: int, scale: float) -> Plot:
                     linestyle="none",
                     label=variant if chosen else None,
                 )
-        dense = 100 * float(np.median([each.dense.accuracy for each in found.candidates]))
+        dense = 100 * float(
+            np.median([each.dense.development_accuracy for each in found.candidates])
+        )
         axes.plot([scale], [dense], MARKERS["dense"], color=COLOURS["dense"], label="dense")
         if found.knee is not None:
             at = [costs[found.knee]], [accuracies[found.knee]]
             axes.plot(*at, "o", color=INK, fillstyle="none", markersize=14, label="knee")
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{AXES[unit]}{estimate}")
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel("accuracy on the development images, %")
         legend_below(axes)
 
     return Plot(
