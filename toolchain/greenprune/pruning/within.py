@@ -90,13 +90,14 @@ def cut_within(
         PruningError: a limit is out of reach, by its prices or as measured.
     """
     prices = price(network, analysis)
-    whole = _whole(dense, example_input, price)
+    whole_analysis = analyse(dense, example_input)
+    whole = _whole(dense, whole_analysis, price)
     goals: dict[str, float] = {
         limit.quantity: _along(terms.way, whole[limit.quantity], limit) for limit in terms.limits
     }
     blocks = surgery.removable_blocks(network, example_input) if terms.blocks else {}
     latency = next((limit for limit in terms.limits if limit.quantity == "latency_ms"), None)
-    whole_widths = _whole_widths(dense, analysis, example_input)
+    whole_widths = _whole_widths(whole_analysis, analysis)
     seen: list[tuple[float, float]] = []
     found: list[Settled] = []
     for tries in range(1, TRIES + 1):
@@ -180,13 +181,9 @@ def _aim(seen: list[tuple[float, float]]) -> float:
     return max(aim, MOST_STEP * min(each[0] for each in seen))
 
 
-def _whole_widths(dense: nn.Module, analysis: Analysis, example_input: Tensor) -> dict[str, int]:
+def _whole_widths(dense: Analysis, analysis: Analysis) -> dict[str, int]:
     """Group name to how many channels it had in the dense network."""
-    whole = {
-        part.module: group.channels
-        for group in analyse(dense, example_input).groups
-        for part in group.producers
-    }
+    whole = {part.module: group.channels for group in dense.groups for part in group.producers}
     return {
         group.name: whole.get(group.producers[0].module, group.channels)
         for group in analysis.groups
@@ -256,8 +253,7 @@ def _along(way: float, dense: float, limit: Limit) -> float:
     return float(dense ** (1 - way) * limits.allowed(limit, dense) ** way)
 
 
-def _whole(dense: nn.Module, example_input: Tensor, price: Price) -> dict[str, float]:
-    analysis = analyse(dense, example_input)
+def _whole(dense: nn.Module, analysis: Analysis, price: Price) -> dict[str, float]:
     prices = {**optimise.exact_prices(analysis), **price(dense, analysis)}
     return {name: _total(each) for name, each in prices.items()}
 
