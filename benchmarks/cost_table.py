@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 from greenprune import cost_tables, models, storage
 from greenprune.harness import race
-from greenprune.onnx_export import export_onnx
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.layer_shapes import shapes_of
 from greenprune.pruning.predictor import Predictor, learn
 from greenprune.pruning.surgery import compact
-from greenprune.registry import Build, load_target
+from greenprune.registry import load_target
+from greenprune.whole_networks import race_networks
 
 SEED = 0
 TARGET = "x86"
@@ -149,34 +149,13 @@ def measure(
             )
             for place in batch
         }
-        known |= race_once(networks, example, runtime, threads)
+        found = race_networks(
+            TARGET, networks, [runtime], example, threads=threads, seed=SEED, preset=PRESET
+        )
+        known |= {name: each.value for name, each in found.racers[0].latency_ms.items()}
         storage.write_json(kept, known)
         print(f"{kept.stem}: {min(at + TOGETHER, len(todo))} of {len(todo)} measured", flush=True)
     return np.array([known[key] for key in keys])
-
-
-def race_once(
-    networks: dict[str, nn.Module], example: Tensor, runtime: str, threads: int
-) -> dict[str, float]:
-    """Milliseconds of each network, the median over blocks of its mean."""
-    target = load_target(TARGET)
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        storage.save_array(place / "inputs.npy", example.numpy())
-        artifacts = {}
-        for name, network in networks.items():
-            graph = place / f"{name}.onnx"
-            export_onnx(network, example, graph, ["logits"])
-            artifacts[name] = target.compile(graph, Build(runtime=runtime), place / runtime, name)
-        found = race.race(
-            TARGET,
-            {runtime: artifacts},
-            place / "inputs.npy",
-            threads=threads,
-            seed=SEED,
-            preset=PRESET,
-        )
-    return {name: each.value for name, each in found.racers[0].latency_ms.items()}
 
 
 def compare(summed: NDArray[np.float64], measured: NDArray[np.float64]) -> dict[str, Any]:
