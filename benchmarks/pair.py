@@ -127,8 +127,8 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     for name, found in figures["networks"].items():
         axes.plot(found["energy"], 100 * found["accuracy"], "o", color="0.35")
         place = (found["energy"], 100 * found["accuracy"])
-        axes.annotate(name, place, textcoords="offset points", xytext=(6, -12))
-    for reference, marker in (("dense", "s"), ("mild", "^")):
+        axes.annotate(name, place, textcoords="offset points", xytext=(8, -3))
+    for reference, marker, side in (("dense", "s", "left"), ("mild", "^", "right")):
         rows = [r for r in figures["dial"] if r["reference"] == reference and r["certified"]]
         axes.plot(
             [row["energy"] for row in rows],
@@ -140,12 +140,19 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         for row in rows:
             place = (row["energy"], 100 * row["accuracy"])
             text = f"{100 * row['max_accuracy_loss']:.0f} pt"
-            axes.annotate(text, place, textcoords="offset points", xytext=(4, 6), fontsize=8)
+            axes.annotate(
+                text,
+                place,
+                textcoords="offset points",
+                xytext=(-8 if side == "left" else 8, -3),
+                ha="right" if side == "left" else "left",
+                fontsize=8,
+            )
     axes.set_xlabel("energy on Eyeriss (simulated), dense = 1")
     axes.set_ylabel("accuracy, %")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.15)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

@@ -132,6 +132,7 @@ SUMMARY: dict[str, Any] = {
             "dense": dense,
             "allowed": dense / 2,
             "predicted": predicted,
+            "predicted_dense": 0.9 * dense,
             "measured": measured,
             "importance_kept": 0.875,
             "removed_blocks": ["layer1.2"],
@@ -209,8 +210,8 @@ def test_page_tells_preset_provenance_and_caveats(page: str) -> None:
 
 def test_page_shows_allowed_predicted_and_measured_side_by_side(page: str) -> None:
     rows = [" ".join(re.findall(r">([^<>]+)<", row)) for row in re.findall(r"<tr>.*?</tr>", page)]
-    assert "aggressive, step 1 latency, ms 3.32 1.66 1.58 1.61 87.5% 1" in rows
-    assert "aggressive, step 1 parameters 853,018 426,509 404,321 - 87.5% 1" in rows
+    assert "aggressive, step 1 latency, ms 3.32 1.66 1.58 of 2.99 1.61 87.5% 1" in rows
+    assert "aggressive, step 1 parameters 853,018 426,509 404,321 of 767,716 - 87.5% 1" in rows
 
 
 def test_user_text_is_escaped(page: str) -> None:

@@ -149,6 +149,7 @@ def _budgets(pruned: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     "dense": dense,
                     "allowed": allowed,
                     "predicted": found["predicted"],
+                    "predicted_dense": found["dense"],
                     "measured": measured,
                     "importance_kept": step["importance_kept"],
                     "removed_blocks": step["removed_blocks"],

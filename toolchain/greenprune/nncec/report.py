@@ -30,8 +30,8 @@ def write_report(
             ``accuracy``, ``macs``, ``params`` and, of the pair, ``accept_rate``), ``selector``,
             ``dial`` (``runtime``, ``reference``, ``table``), ``widths`` and ``layer_macs`` (rows of
             ``layer``, ``dense``, ``mild``, ``aggressive``), ``budgets`` (rows of ``variant``,
-            ``step``, ``quantity``, ``dense``, ``allowed``, ``predicted``, ``measured`` or None,
-            ``importance_kept``, ``removed_blocks``) and ``caveats``.
+            ``step``, ``quantity``, ``dense``, ``allowed``, ``predicted``, ``predicted_dense``,
+            ``measured`` or None, ``importance_kept``, ``removed_blocks``) and ``caveats``.
         results: what was measured; None where nothing was.
         account: the carbon account; None where there is none.
 
