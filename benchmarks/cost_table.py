@@ -38,7 +38,6 @@ from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.layer_shapes import shapes_of
 from greenprune.pruning.predictor import Predictor, learn
 from greenprune.pruning.surgery import compact
-from greenprune.registry import load_target
 from greenprune.whole_networks import race_networks
 
 SEED = 0
@@ -68,7 +67,6 @@ def main() -> None:
     for name in arguments.networks:
         network, example = make(name)
         analysis = analyse(network, example)
-        lost = draw(analysis, arguments.choices)
         found = figures["networks"][name] = {"input_size": NETWORKS[name]}
         for runtime in arguments.runtimes:
             table = cost_tables.table_for(
@@ -80,6 +78,7 @@ def main() -> None:
                 cache=arguments.work / "tables",
             )
             predictor = Predictor(layers, table)
+            lost = draw(analysis, arguments.choices, table.block_width)
             kept = arguments.work / f"{name}-{runtime}-{arguments.threads}.json"
             measured = measure(network, example, analysis, lost, runtime, arguments.threads, kept)
             found[runtime] = {
@@ -104,9 +103,8 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
     return network.eval(), torch.randn(2, 3, size, size)
 
 
-def draw(analysis: Analysis, choices: int) -> dict[str, NDArray[np.int64]]:
+def draw(analysis: Analysis, choices: int, block: int) -> dict[str, NDArray[np.int64]]:
     """Channels that each group loses, int64 [choices]; the first choice is the dense network."""
-    block = load_target(TARGET).capabilities.width_multiple
     full = np.array([group.channels for group in analysis.groups])
     least = np.ceil(KEEP_AT_LEAST * full / block).astype(np.int64)
     widths = np.array(

@@ -139,6 +139,7 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
         name: within.cut_within(
             within.Terms(
                 limits=limits.parse_all([f"latency x{SHARE}"]),
+                width_multiple=table.block_width,
                 keep_at_least=KEEP_AT_LEAST,
                 blocks=blocks,
             ),

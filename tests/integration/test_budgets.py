@@ -19,6 +19,8 @@ from greenprune.registry import load_target
 
 pytestmark = pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
 
+BLOCK = 4
+"""That the probe finds."""
 NETWORK = """
 from torch import nn
 
@@ -52,7 +54,8 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         cost_tables.cost_probe, "measure", functools.partial(cost_probe.measure, rounds=1)
     )
-    monkeypatch.setattr(probe_graphs, "block_shape", lambda layers: None)
+    monkeypatch.setattr(probe_graphs, "BLOCK_WIDTHS", range(4, 6))
+    monkeypatch.setattr(cost_probe, "find_block", lambda points: BLOCK)
     return [
         f'model.factory="{tmp_path / "net.py"}:network"',
         "threads=1",
@@ -65,6 +68,10 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ]
 
 
+def widths(variant: dict[str, Any]) -> list[int]:
+    return list(variant["widths"].values())
+
+
 def results_of(run: str, stage: str) -> dict[str, Any]:
     return json.loads((Path(run) / stage / "stage.json").read_text())["results"]
 
@@ -75,8 +82,12 @@ def test_a_budget_is_held_as_measured(
     asked = [*overrides, 'prune.aggressive.budget=["latency x0.7", "params x0.7"]']
     made = api.prune(overrides=asked, runs=tmp_path / "runs", name="held")
     priced = results_of(made["run"], "price")
-    assert priced["runtime"] == "onnxruntime"
+    assert (priced["runtime"], priced["block_width"]) == ("onnxruntime", BLOCK)
     found = results_of(made["run"], "prune")
+    kept = [width for each in found.values() if isinstance(each, dict) for width in widths(each)]
+    assert kept
+    assert all(width % BLOCK == 0 for width in kept)
+    assert any(width % 8 for width in kept), "the target's own multiple was taken"
     (step,) = found["aggressive"]["budget"]
     latency, quantities = step["latency_ms"], step["quantities"]
     assert latency["allowed"] == pytest.approx(0.7 * latency["dense"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_a_table_is_measured_and_prices_its_network(measured: tuple[Path, CostTa
     assert (found.target, found.runtime, found.threads) == ("x86", RUNTIME, 1)
     assert {each.shape for each in found.costs} == {each.shape for each in priced(16)}
     assert Predictor(priced(16), found).latency_ms({}) > 0
-    assert [path.suffix for path in cache.glob("*/*")] == [".json"]  # graphs and parts are gone
+    assert {path.suffix for path in cache.glob("*/[!.]*")} == {".json"}  # graphs, parts are gone
 
 
 def test_a_cached_table_is_not_measured_again(
@@ -79,6 +80,24 @@ def test_a_cached_table_is_not_measured_again(
         cost_tables.table_for(
             priced(16), target="x86", runtime=RUNTIME, threads=1, cache=cache, grid_block=4
         )
+
+
+def test_the_grid_has_multiples_of_the_block_that_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = functools.partial(cost_probe.measure, rounds=1)
+    monkeypatch.setattr(cost_probe, "measure", measure)
+    monkeypatch.setattr(cost_probe, "find_block", lambda points: 4)
+    told = cost_tables.table_for(
+        priced(16), target="x86", runtime=RUNTIME, threads=1, cache=tmp_path, grid_block=8
+    )
+    assert told.block_width == 4  # what was found is told, whatever is asked for
+    assert [point.out_width for point in told.block_probe] == [7, 8, 9]
+    # the last layer's four outputs cannot be pruned
+    assert {point.out_width for each in told.costs for point in each.points} == {4, 8, 16}
+    found = table(tmp_path, priced(16))
+    assert found.block_width == 4
+    assert {point.out_width for each in found.costs for point in each.points} == {4, 8, 12, 16}
 
 
 def test_damaged_tables_in_the_cache_are_passed_over(

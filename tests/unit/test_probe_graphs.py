@@ -178,7 +178,8 @@ def test_a_folder_is_written_whole_and_reads_back(
         layer(shape(stride=(2, 2), activation="HardSwish"), 16, 8),
     ]
     folder = tmp_path / "probe"
-    plan = write_folder(folder, layers, target=x86, runtime=runtime, network="two")
+    planned, block = grids(layers, 8), probe_graphs.block_grid(layers)
+    plan = write_folder(folder, planned, block, target=x86, runtime=runtime, network="two")
     assert read_plan(folder) == plan
     assert [each.mirrored for each in plan.shapes] == [True, False]
     assert plan.block is not None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import filelock
 
 from greenprune import storage
 from greenprune.cores import session_threads
-from greenprune.errors import GreenpruneError, MeasurementError, TargetError
+from greenprune.errors import GreenpruneError, MeasurementError, StorageError, TargetError
 from greenprune.harness import cost_plan, cost_probe, cost_table
 from greenprune.harness.cost_table import CostTable
 from greenprune.progress import say
@@ -18,6 +22,17 @@ from greenprune.pruning.predictor import Predictor
 from greenprune.pruning.probe_graphs import Grid
 from greenprune.registry import Target, device_kind, load_target
 from greenprune.schema import encode
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How a table is measured, and the folder of the cache that is for it."""
+
+    folder: Path
+    device: Target
+    runtime: str
+    threads: int
+    network: str
 
 
 def table_for(
@@ -33,9 +48,10 @@ def table_for(
 ) -> CostTable:
     """The cost table of a network's layers on this machine.
 
-    Taken from the cache where it has one of this device, runtime and its version, precision and
-    threads that was measured at all of the layers' grid; else measured, and kept there. A
-    measurement that was interrupted goes on where it was.
+    The width that the device's kernels are blocked for is found first, and the grid has its
+    multiples. Taken from the cache where it has one of this device, runtime and its version,
+    precision and threads that was measured at all of the layers' grid; else measured, and kept
+    there. A measurement that was interrupted goes on where it was.
 
     Args:
         layers: see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
@@ -43,7 +59,7 @@ def table_for(
         runtime: by :func:`greenprune.registry.runtime_name`.
         threads: of a session; 0 means one for each core.
         network: what people call the network.
-        grid_block: widths are measured at multiples of it; None: the target's ``width_multiple``.
+        grid_block: widths are measured at multiples of it; None: of the block that was found.
         joules: a table in the cache that has none will not do.
         cache: None: ``$XDG_CACHE_HOME/greenprune/cost-tables``, else under ``~/.cache``.
 
@@ -59,23 +75,73 @@ def table_for(
             "machine is none; write the folder of graphs here, measure it there with "
             "greenprune-bench --cost-table FOLDER -o table.json, and give that table"
         )
-    block = grid_block or device.capabilities.width_multiple
     threads = session_threads(threads)
-    folder = (cache or storage.user_cache("cost-tables")) / _key(device, runtime, threads, block)
-    wanted = probe_graphs.grids(layers, block)
-    found = _cached(folder, wanted, device, runtime, threads)
-    if found is not None and (not joules or "energy_mj" in Predictor(layers, found).prices()):
-        return found
-    path = folder / f"{storage.sha256_of(encode(wanted))[:16]}.json"
-    say(f"cost table of {network}: measuring on {runtime}, to be kept in {path}")
+    folder = (cache or storage.user_cache("cost-tables")) / _key(device, runtime, threads)
+    setting = _Setting(folder, device, runtime, threads, network)
+    with _locked(folder):
+        probed = _probed(setting, layers)
+        block = probed.block_width if probed else device.capabilities.width_multiple
+        wanted = probe_graphs.grids(layers, grid_block or block)
+        table = _cached(setting, wanted)
+        if table is None or (joules and "energy_mj" not in Predictor(layers, table).prices()):
+            table = _measured(setting, wanted, None)
+        Predictor(layers, table)  # has it all
+    if probed is None:
+        return table
+    return replace(
+        table,
+        block_width=block,
+        block_probe=probed.block_probe,
+        seconds=probed.seconds + table.seconds,
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two runs that want one table measure it once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire()
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: cannot keep cost tables there: {error.strerror or error}; set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _probed(setting: _Setting, layers: Sequence[PricedLayer]) -> CostTable | None:
+    """A table without costs, of the block width alone."""
+    block = probe_graphs.block_grid(layers)
+    if block is None:
+        return None
+    return _opened(setting, _path(setting, (), block)) or _measured(setting, (), block)
+
+
+def _path(setting: _Setting, planned: Sequence[Grid], block: Grid | None) -> Path:
+    return setting.folder / f"{storage.sha256_of(encode([planned, block]))[:16]}.json"
+
+
+def _measured(setting: _Setting, planned: Sequence[Grid], block: Grid | None) -> CostTable:
+    path = _path(setting, planned, block)
+    what = f"block width for {setting.network}" if block else f"cost table of {setting.network}"
+    say(f"{what}: measuring on {setting.runtime}, to be kept in {path}")
     graphs = path.with_suffix(".graphs")  # kept until the table is: a resumed one measures the same
     if not _whole(graphs):
         probe_graphs.write_folder(
-            graphs, layers, target=device, runtime=runtime, network=network, grid_block=block
+            graphs,
+            planned,
+            block,
+            target=setting.device,
+            runtime=setting.runtime,
+            network=setting.network,
         )
-    table = cost_probe.measure(graphs, path, threads=threads)
+    table = cost_probe.measure(graphs, path, threads=setting.threads)
     shutil.rmtree(graphs, ignore_errors=True)
-    Predictor(layers, table)  # has it all
     return table
 
 
@@ -120,33 +186,34 @@ def table_from_file(
     return table
 
 
-def _key(device: Target, runtime: str, threads: int, block: int) -> str:
+def _key(device: Target, runtime: str, threads: int) -> str:
     """A folder's name: tables in it were measured on one device in one way."""
     machine = cost_table.describe_machine(device)
-    content = [cost_table.SCHEMA_VERSION, device.name, machine, runtime, threads, block]
+    content = [cost_table.SCHEMA_VERSION, device.name, machine, runtime, threads]
     return f"{device.name}-{runtime}-{storage.sha256_of(content)[:16]}"
 
 
-def _cached(
-    folder: Path, wanted: Sequence[Grid], device: Target, runtime: str, threads: int
-) -> CostTable | None:
-    """A table in the cache with all points wanted; others, and what does not open, are passed
-    over: that of a wider network says little of narrow layers."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            table = cost_table.read(path)
-            cost_table.check_device(
-                table,
-                target=device.name,
-                runtime=runtime,
-                threads=threads,
-                machine=cost_table.describe_machine(device),
-            )
-        except GreenpruneError:
-            continue
-        if all(_has(table, grid) for grid in wanted):
-            return table
-    return None
+def _cached(setting: _Setting, wanted: Sequence[Grid]) -> CostTable | None:
+    """A table in the cache with all points wanted: that of a wider network says little of narrow
+    layers."""
+    tables = (_opened(setting, path) for path in sorted(setting.folder.glob("*.json")))
+    return next((t for t in tables if t and all(_has(t, grid) for grid in wanted)), None)
+
+
+def _opened(setting: _Setting, path: Path) -> CostTable | None:
+    """None where there is none, where it does not open, or is of another device after all."""
+    try:
+        table = cost_table.read(path)
+        cost_table.check_device(
+            table,
+            target=setting.device.name,
+            runtime=setting.runtime,
+            threads=setting.threads,
+            machine=cost_table.describe_machine(setting.device),
+        )
+    except GreenpruneError:
+        return None
+    return table
 
 
 def _has(table: CostTable, grid: Grid) -> bool:

@@ -27,6 +27,8 @@ STAGE = "price"
 TABLE = "table.json"
 MEASURED = ("latency_ms", "energy_mj")
 RACED_IMAGES = 16
+FINE = 8
+"""Kernels are seldom blocked for fewer channels."""
 
 
 def is_asked(recipe: Recipe) -> bool:
@@ -39,8 +41,12 @@ def _limits(recipe: Recipe) -> list[limits.Limit]:
     return [limit for own in variants for limit in limits.parse_all(own.budget)]
 
 
-def preflight(job: Job) -> None:
+def preflight(job: Job) -> int:
     """What can be said of the budgets before anything is trained.
+
+    Returns:
+        What widths will be multiples of, as far as is known by now: of the block width that is
+        still to be found, one that reaches what it will.
 
     Raises:
         PruningError: the device is not here, and there is no table of it.
@@ -51,11 +57,11 @@ def preflight(job: Job) -> None:
     if settings.steps > 1 and _limits(job.recipe) and processes.count() > 1:
         raise NotAvailableError("prune.steps above 1 under torchrun; use one process")
     if not is_asked(job.recipe):
-        return
+        return width_multiple(job)
     if settings.cost_table is not None:
-        _carried(job, Path(settings.cost_table), ())
-    else:
-        _check_here(job)
+        return _multiple(job, _carried(job, Path(settings.cost_table), ()).block_width)
+    _check_here(job)
+    return min(width_multiple(job), _multiple(job, FINE))
 
 
 def _carried(job: Job, path: Path, layers: Sequence[PricedLayer]) -> CostTable:
@@ -97,7 +103,7 @@ def price(work: Work) -> dict[str, Any]:
             runtime=_fastest(job, network),
             threads=job.recipe.threads,
             network=job.recipe.name,
-            grid_block=width_multiple(job),
+            grid_block=job.recipe.prune.width_multiple,
             joules=any(limit.quantity == "energy_mj" for limit in _limits(job.recipe)),
         )
         told = f"{table.seconds:.0f} s of measuring"
@@ -110,7 +116,8 @@ def price(work: Work) -> dict[str, Any]:
                 "was made (`greenprune doctor` says why); ask for latency instead"
             )
     for variant in parts.PRUNED:
-        within.check_reachable(terms_of(job, variant), network, analysis, example, prices)
+        terms = terms_of(job, variant, _multiple(job, table.block_width))
+        within.check_reachable(terms, network, analysis, example, prices)
     return {
         "runtime": table.runtime,
         "threads": table.threads,
@@ -131,13 +138,14 @@ def write_graphs(job: Job, output: Path, runtime: str | None) -> Path:
     network = models.build(model.factory, model.arguments).eval()
     example = parts.example_of(job.data)
     analysis = surgery.analyse_and_try(network, example)
+    layers = shapes_of(network, example, analysis)
     probe_graphs.write_folder(
         output,
-        shapes_of(network, example, analysis),
+        probe_graphs.grids(layers, width_multiple(job)),
+        probe_graphs.block_grid(layers),
         target=load_target(job.recipe.compile.target),
         runtime=runtime or _in_precision(job)[0],
         network=job.recipe.name,
-        grid_block=width_multiple(job),
     )
     return output
 
@@ -178,21 +186,32 @@ def _race(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequence[str]) 
     )
 
 
-def terms_of(job: Job, variant: str) -> within.Terms:
-    """What a variant may cost in the end, and how it may get there."""
+def terms_of(job: Job, variant: str, multiple: int) -> within.Terms:
+    """What a variant may cost in the end, in widths that are multiples of one."""
     settings = job.recipe.prune
     return within.Terms(
         limits=limits.parse_all(getattr(settings, variant).budget),
-        width_multiple=width_multiple(job),
+        width_multiple=multiple,
         keep_at_least=settings.keep_at_least,
         blocks=settings.blocks,
     )
 
 
 def width_multiple(job: Job) -> int:
-    """What the recipe says, or what the target's kernels are blocked for."""
+    """What the recipe says, or what the target's kernels are taken to be blocked for."""
     target = load_target(job.recipe.compile.target)
-    return job.recipe.prune.width_multiple or target.capabilities.width_multiple
+    return _multiple(job, target.capabilities.width_multiple)
+
+
+def found_multiple(job: Job) -> int:
+    """Likewise; where a table was measured, what its probe found."""
+    if not is_asked(job.recipe):
+        return width_multiple(job)
+    return _multiple(job, int(job.results(STAGE)["block_width"]))
+
+
+def _multiple(job: Job, otherwise: int) -> int:
+    return job.recipe.prune.width_multiple or otherwise
 
 
 def price_of(job: Job) -> within.Price:

@@ -169,43 +169,48 @@ def block_shape(layers: Iterable[PricedLayer]) -> LayerShape | None:
     return max(middle, key=lambda shape: kept[shape])
 
 
+def block_grid(layers: Iterable[PricedLayer]) -> Grid | None:
+    """What the block width is found by: one shape at every width, in = out; None where the network
+    has no convolution that tells it."""
+    shape = block_shape(layers)
+    every = tuple((width, width) for width in BLOCK_WIDTHS)
+    return Grid(shape=shape, chains=every, fans=()) if shape else None
+
+
 def write_folder(
     folder: Path,
-    layers: Sequence[PricedLayer],
+    planned: Sequence[Grid],
+    block: Grid | None,
     *,
     target: Target,
     runtime: str,
     network: str,
-    grid_block: int | None = None,
 ) -> ProbePlan:
     """Write the folder that a device measures a cost table from; it appears whole or not at all.
 
     Args:
         folder: to write; one that is there is replaced.
-        layers: of the network; see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
+        planned: the table's points; see :func:`grids`.
+        block: see :func:`block_grid`.
         target: compiles the graphs, here.
         runtime: by :func:`greenprune.registry.runtime_name`; in int8 every chain is quantised with
             random inputs of its own.
         network: what people call the network.
-        grid_block: widths are multiples of it; None: the target's ``width_multiple``.
 
     Raises:
         TargetError: the target has no such runtime, or refuses a graph.
         StorageError: the folder cannot be written.
         MissingPackageError: onnx is not installed.
     """
-    planned = grids(layers, grid_block or target.capabilities.width_multiple)
-    middle = block_shape(layers)
-    every = tuple((width, width) for width in BLOCK_WIDTHS)
-    block = [Grid(shape=middle, chains=every, fans=())] if middle else []
-    total = sum(len(grid.chains) + len(grid.fans) for grid in (*planned, *block))
+    every = (*planned, *([block] if block else []))
+    total = sum(len(grid.chains) + len(grid.fans) for grid in every)
     with (
         storage.atomic_folder(folder) as temporary,
         tempfile.TemporaryDirectory() as scratch,
         progress(f"graphs for {runtime}", total) as advance,
     ):
         writer = _Writer(temporary, Path(scratch), target, runtime, advance)
-        probes = [writer.shape(grid) for grid in (*planned, *block)]
+        probes = [writer.shape(grid) for grid in every]
         plan = ProbePlan(
             target=target.name,
             runtime=runtime,
