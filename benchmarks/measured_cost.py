@@ -130,10 +130,10 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
     def price(network: nn.Module, analysis: Analysis) -> Mapping[str, optimise.Prices]:
         return Predictor(shapes_of(network, subject.images[:2], analysis), table).prices()
 
-    def side_by_side(dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
+    def side_by_side(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
         both = {"dense": dense, "pruned": pruned}
         found = raced(both, [fastest], subject.images, threads).racers[0].latency_ms
-        return found["dense"].value, found["pruned"].value
+        return {"latency_ms": (found["dense"].value, found["pruned"].value)}
 
     settled = {
         name: within.cut_within(

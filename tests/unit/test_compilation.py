@@ -132,6 +132,7 @@ def run_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **together_ms: flo
                     runtime=name,
                     blocks_ms={},
                     latency_ms={},
+                    energy_mj={},
                     together_ms=at(value),
                     over_fastest=at(value / fastest),
                 )

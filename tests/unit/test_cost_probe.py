@@ -204,7 +204,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
     device.target = target
     monkeypatch.setattr(cost_probe, "load_target", lambda name: target)
     monkeypatch.setattr(cost_probe, "Client", lambda name, module: device.client(name))
-    monkeypatch.setattr(cost_probe, "_real_meter", lambda name: ("rapl", 0.001))
+    monkeypatch.setattr(protocol, "real_meter", lambda name: ("rapl", 0.001))
     monkeypatch.setattr(protocol, "LOCK", tmp_path / "lock")
     return device
 
@@ -394,15 +394,16 @@ def test_arguments_that_cannot_be_are_refused(folder: Path, device: Device, tmp_
     with pytest.raises(MeasurementError, match="is a folder"):
         measure(folder, tmp_path)
     with pytest.raises(MeasurementError, match="meter 'voltmeter'"):
-        cost_probe_meter("voltmeter")
+        REAL_METER("voltmeter")
 
 
-cost_probe_meter = cost_probe._real_meter
+REAL_METER = protocol.real_meter
+"""As it is before a test changes it."""
 
 
 def test_an_estimate_is_no_meter() -> None:
-    assert cost_probe_meter("estimate") == ("none", 0.0)
-    assert cost_probe_meter("none") == ("none", 0.0)
+    assert REAL_METER("estimate") == ("none", 0.0)
+    assert REAL_METER("none") == ("none", 0.0)
 
 
 class Chains:

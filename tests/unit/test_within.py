@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -71,10 +72,10 @@ def by_macs(network: nn.Module, analysis: Analysis) -> dict[str, optimise.Prices
 def measuring(law: Callable[[float], float], seen: list[float]) -> within.Measure:
     """A device whose milliseconds follow from the MACs by ``law``."""
 
-    def measure(dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
+    def measure(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
         both = [law(count(each, EXAMPLE).macs * 1e-6) for each in (dense, pruned)]
         seen.append(both[1] / both[0])
-        return both[0], both[1]
+        return {"latency_ms": (both[0], both[1])}
 
     return measure
 
@@ -99,8 +100,7 @@ def cut(network: nn.Module, analysis: Analysis, *texts: str, **others: object) -
         analysis,
         scores_of(analysis),
         EXAMPLE,
-        by_macs,
-        **others,  # type: ignore[arg-type]
+        **({"price": by_macs} | others),  # type: ignore[arg-type]
     )
 
 
@@ -109,7 +109,7 @@ def test_without_a_device_the_prediction_is_held(network: nn.Module, analysis: A
     share = count(found.cut.network, EXAMPLE).macs / count(network, EXAMPLE).macs
     assert 0.4 < share <= 0.5
     assert count(found.cut.network, EXAMPLE).params <= 6000
-    assert found.measured_ms is None
+    assert not found.measured
     assert found.tries == 1
     assert found.choice.predicted["latency_ms"] == pytest.approx(
         count(found.cut.network, EXAMPLE).macs * 1e-6
@@ -123,12 +123,11 @@ def test_the_measured_network_is_within(
     """A device that pays more, or less, for what is left than the table says."""
     seen: list[float] = []
     found = cut(network, analysis, "latency x0.6", measure=measuring(law, seen))
-    assert found.measured_ms is not None
-    assert found.allowed_ms is not None
-    assert found.measured_ms <= found.allowed_ms
-    assert found.measured_ms == pytest.approx(law(count(found.cut.network, EXAMPLE).macs * 1e-6))
+    measured = found.measured["latency_ms"]
+    assert measured.value <= measured.allowed
+    assert measured.value == pytest.approx(law(count(found.cut.network, EXAMPLE).macs * 1e-6))
     # the nearest that was seen within the limit, and no more given up than had to be
-    assert found.measured_ms >= 0.85 * found.allowed_ms
+    assert measured.value >= 0.85 * measured.allowed
     assert len(seen) <= within.TRIES
 
 
@@ -139,14 +138,50 @@ def test_an_absolute_limit_is_in_the_devices_own_milliseconds(
     found = cut(
         network, analysis, f"latency_ms <= {0.5 * dense}", measure=measuring(lambda ms: 3 * ms, [])
     )
-    assert found.allowed_ms == pytest.approx(0.5 * dense)
-    assert 0.4 * dense < found.measured_ms <= 0.5 * dense  # type: ignore[operator]
+    measured = found.measured["latency_ms"]
+    assert measured.allowed == pytest.approx(0.5 * dense)
+    assert 0.4 * dense < measured.value <= 0.5 * dense
+
+
+def by_macs_and_params(network: nn.Module, analysis: Analysis) -> dict[str, optimise.Prices]:
+    """The same, and millijoules that are a thousandth of the parameters."""
+    exact = optimise.exact_prices(analysis)["params"]
+    terms = [
+        dataclasses.replace(term, cost=lambda ins, outs, cost=term.cost: cost(ins, outs) * 1e-3)
+        for term in exact.terms
+    ]
+    joules = optimise.Prices(constant=exact.constant * 1e-3, terms=terms)
+    return {**by_macs(network, analysis), "energy_mj": joules}
+
+
+@pytest.mark.parametrize(("milliseconds", "millijoules"), [(0.6, 0.8), (0.8, 0.5), (0.5, 0.5)])
+def test_both_of_the_devices_quantities_are_held_as_measured(
+    network: nn.Module, analysis: Analysis, milliseconds: float, millijoules: float
+) -> None:
+    """Each is on a scale of its own, which the table does not tell."""
+
+    def measure(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
+        counts = [count(each, EXAMPLE) for each in (dense, pruned)]
+        return {
+            "latency_ms": tuple(0.1 + each.macs * 1e-6 for each in counts),
+            "energy_mj": tuple((each.params * 1e-3) ** 0.7 for each in counts),
+        }
+
+    asked = (f"latency x{milliseconds}", f"energy x{millijoules}")
+    found = cut(network, analysis, *asked, price=by_macs_and_params, measure=measure)
+    assert set(found.measured) == {"latency_ms", "energy_mj"}
+    assert 0.85 <= found.over <= 1
+    told = measure(network, found.cut.network)
+    for quantity, share in (("latency_ms", milliseconds), ("energy_mj", millijoules)):
+        assert found.measured[quantity].value == told[quantity][1] <= share * told[quantity][0]
 
 
 def test_what_no_choice_meets_is_refused_with_what_was_measured(
     network: nn.Module, analysis: Analysis
 ) -> None:
-    with pytest.raises(PruningError, match=r"latency x0\.5.*fastest at .* ms where .* allowed"):
+    with pytest.raises(
+        PruningError, match=r"latency x0\.5.*nearest at latency_ms .*where .* allowed"
+    ):
         cut(network, analysis, "latency x0.5", measure=measuring(lambda ms: 10 + ms, []))
 
 

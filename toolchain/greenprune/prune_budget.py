@@ -25,7 +25,6 @@ from greenprune.registry import load_target, split_runtime
 
 STAGE = "price"
 TABLE = "table.json"
-MEASURED = ("latency_ms", "energy_mj")
 RACED_IMAGES = 16
 FINE = 8
 """Kernels are seldom blocked for fewer channels."""
@@ -33,7 +32,11 @@ FINE = 8
 
 def is_asked(recipe: Recipe) -> bool:
     """Whether a budget is in what only a device can tell."""
-    return any(limit.quantity in MEASURED for limit in _limits(recipe))
+    return any(limit.quantity in within.MEASURED for limit in _limits(recipe))
+
+
+def _in_joules(recipe: Recipe) -> bool:
+    return any(limit.quantity == "energy_mj" for limit in _limits(recipe))
 
 
 def _limits(recipe: Recipe) -> list[limits.Limit]:
@@ -104,13 +107,13 @@ def price(work: Work) -> dict[str, Any]:
             threads=job.recipe.threads,
             network=job.recipe.name,
             grid_block=job.recipe.prune.width_multiple,
-            joules=any(limit.quantity == "energy_mj" for limit in _limits(job.recipe)),
+            joules=_in_joules(job.recipe),
         )
         told = f"{table.seconds:.0f} s of measuring"
     cost_table.write(table, work.folder / TABLE)
     prices = Predictor(layers, table).prices()
     for limit in _limits(job.recipe):
-        if limit.quantity in MEASURED and limit.quantity not in prices:
+        if limit.quantity in within.MEASURED and limit.quantity not in prices:
             raise PruningError(
                 f"budget '{limit}': the cost table has no joules, since no meter measures where it "
                 "was made (`greenprune doctor` says why); ask for latency instead"
@@ -173,7 +176,13 @@ def _check_here(job: Job) -> None:
         )
 
 
-def _race(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequence[str]) -> Race:
+def _race(
+    job: Job,
+    networks: Mapping[str, nn.Module],
+    runtimes: Sequence[str],
+    *,
+    joules: bool = False,
+) -> Race:
     int8 = any(split_runtime(name)[1] == "int8" for name in runtimes)
     return whole_networks.race_networks(
         job.recipe.compile.target,
@@ -183,6 +192,7 @@ def _race(job: Job, networks: Mapping[str, nn.Module], runtimes: Sequence[str]) 
         calibration=compilation.calibration_images(job) if int8 else None,
         threads=job.recipe.threads,
         seed=job.recipe.seed,
+        joules=joules,
     )
 
 
@@ -244,9 +254,21 @@ def measure_of(job: Job) -> within.Measure | None:
         return None
     runtime = str(job.results(STAGE)["runtime"])
 
-    def milliseconds(dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
-        networks = {"dense": dense, "pruned": pruned}
-        latency = _race(job, networks, [runtime]).racers[0].latency_ms
-        return latency["dense"].value, latency["pruned"].value
+    joules = _in_joules(job.recipe)
 
-    return milliseconds
+    def measure(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
+        networks = {"dense": dense, "pruned": pruned}
+        (racer,) = _race(job, networks, [runtime], joules=joules).racers
+        latency, energy = racer.latency_ms, racer.energy_mj
+        found = {"latency_ms": (latency["dense"].value, latency["pruned"].value)}
+        if joules:
+            both = energy["dense"], energy["pruned"]
+            if both[0] is None or both[1] is None:
+                raise MeasurementError(
+                    "joules: the meter failed in every window of the dense or the pruned network; "
+                    "`greenprune doctor` says what it reads"
+                )
+            found["energy_mj"] = (both[0].value, both[1].value)
+        return found
+
+    return measure

@@ -137,20 +137,17 @@ def _budgets(pruned: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for variant in ("mild", "aggressive"):
         for number, step in enumerate(pruned[variant].get("budget", []), start=1):
             for quantity, found in step["quantities"].items():
-                latency = step["latency_ms"] if quantity == "latency_ms" else {}
-                measured = latency.get("measured")
-                dense, allowed = found["dense"], found["goal"]
-                if measured is not None:
-                    dense, allowed = latency["dense"], latency["allowed"]
+                measured = step["measured"].get(quantity)
+                real = measured or {"dense": found["dense"], "allowed": found["goal"]}
                 yield {
                     "variant": variant,
                     "step": number,
                     "quantity": QUANTITIES[quantity],
-                    "dense": dense,
-                    "allowed": allowed,
+                    "dense": real["dense"],
+                    "allowed": real["allowed"],
                     "predicted": found["predicted"],
                     "predicted_dense": found["dense"],
-                    "measured": measured,
+                    "measured": real.get("measured"),
                     "importance_kept": step["importance_kept"],
                     "removed_blocks": step["removed_blocks"],
                 }

@@ -26,6 +26,7 @@ def race_networks(
     threads: int = 0,
     seed: int = 0,
     preset: Preset = PRESET,
+    joules: bool = False,
 ) -> Race:
     """Batch-1 latency of networks by each runtime: exported, compiled, raced in alternating blocks.
 
@@ -35,7 +36,7 @@ def race_networks(
         runtimes: by :func:`greenprune.registry.runtime_name`.
         images: that are replayed, normalised, float32 [N, C, H, W], N >= 2.
         calibration: of int8, float32 [N, C, H, W].
-        threads, seed, preset: as :func:`greenprune.harness.race.race`.
+        threads, seed, preset, joules: as :func:`greenprune.harness.race.race`.
 
     Raises:
         ExportError, TargetError, MeasurementError: one of them cannot be exported, compiled or run.
@@ -54,5 +55,11 @@ def race_networks(
                 build = Build(runtime=base, precision=precision, calibration=needed)
                 artifacts[runtime][name] = device.compile(graph, build, place / runtime, name)
         return race(
-            target, artifacts, place / "inputs.npy", threads=threads, seed=seed, preset=preset
+            target,
+            artifacts,
+            place / "inputs.npy",
+            threads=threads,
+            seed=seed,
+            preset=preset,
+            joules=joules,
         )

@@ -29,7 +29,6 @@ from greenprune.harness.cost_table import CostPoint, CostTable, ShapeCosts, find
 from greenprune.harness.cost_worker import window_seconds
 from greenprune.harness.environment import versions
 from greenprune.harness.statistics import order_interval
-from greenprune.meters import open_meter
 from greenprune.progress import Advance, progress, say
 from greenprune.registry import Target, device_kind, load_target, split_runtime
 
@@ -137,7 +136,7 @@ def measure(
     plan = read_plan(folder)
     target = _device(plan)
     with protocol.one_at_a_time():
-        name, period_seconds = _real_meter(meter)
+        name, period_seconds = protocol.real_meter(meter)
         settings = _Settings(
             folder=folder.resolve(),
             target=plan.target,
@@ -193,14 +192,6 @@ def _device(plan: ProbePlan) -> Target:
             "install the runtime, or have the folder written for another"
         )
     return target
-
-
-def _real_meter(name: str) -> tuple[str, float]:
-    """A meter that measures, settled for all rounds, and its period; else ``none``."""
-    with open_meter(name) as probe:
-        if (probe.provenance or "").startswith("measured"):
-            return probe.name, probe.period_seconds or 0.0
-    return "none", 0.0
 
 
 def _resume(output: Path, key: str) -> _Progress:

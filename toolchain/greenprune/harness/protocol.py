@@ -237,6 +237,19 @@ def choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) -> 
     return chosen
 
 
+def real_meter(name: str) -> tuple[str, float]:
+    """A meter that measures here and the period of its updates in seconds, settled once for all
+    workers: ``("none", 0.0)`` where none does. The lock is held.
+
+    Args:
+        name: see :func:`greenprune.meters.open_meter`.
+    """
+    with open_meter(name) as probe:
+        if (probe.provenance or "").startswith("measured"):
+            return probe.name, probe.period_seconds or 0.0
+    return "none", 0.0
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Hold the machine-wide lock, so that two measurements never overlap."""

@@ -1,14 +1,14 @@
 """Cutting a network until it is within its budgets, as measured where that can be done.
 
-A limit on latency is held to the whole network as it is measured, and not to the sum of a table:
-where the two disagree, the limit that the solver is given moves until the measured network is
-within the user's.
+A limit on latency or energy is held to the whole network as it is measured, and not to the sum of
+a table: where the two disagree, the limit that the solver is given moves until the measured network
+is within the user's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit
 from greenprune.pruning.scores import Scores
 
+MEASURED = ("latency_ms", "energy_mj")
+"""Quantities that only a device can tell."""
 TRIES = 8
 SPARE = 0.05
 """A network measured this much below its limit has given up more than it had to."""
@@ -29,8 +31,8 @@ most."""
 
 Price = Callable[[nn.Module, Analysis], Mapping[str, optimise.Prices]]
 """What a network costs at each of its widths, by quantity, beside MACs and parameters."""
-Measure = Callable[[nn.Module, nn.Module], tuple[float, float]]
-"""Milliseconds of two networks, measured side by side."""
+Measure = Callable[[nn.Module, nn.Module], Mapping[str, tuple[float, float]]]
+"""What two networks need, measured side by side, by quantity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,20 @@ class Terms:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A limited quantity of the network that is left, in its unit."""
+
+    value: float
+    allowed: float
+    dense: float
+
+    @property
+    def over(self) -> float:
+        """What was measured for what is allowed."""
+        return self.value / self.allowed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settled:
     """What goes, and what it came to."""
 
@@ -58,10 +74,13 @@ class Settled:
     goals: dict[str, float]
     """By limited quantity: what the prediction was held to before measuring corrected it."""
     tries: int
-    dense_measured_ms: float | None = None
-    allowed_ms: float | None = None
-    measured_ms: float | None = None
-    """Of the network that is left; None where latency has no limit or was not measured."""
+    measured: dict[str, Measured] = field(default_factory=dict)
+    """By limited quantity; empty where none of them is a device's, or the device is not here."""
+
+    @property
+    def over(self) -> float:
+        """What was measured for what is allowed, of the quantity that is worst."""
+        return max((each.over for each in self.measured.values()), default=0.0)
 
 
 def cut_within(
@@ -84,7 +103,8 @@ def cut_within(
         scores: of ``network``.
         example_input: [N, ...].
         price: for limits other than of MACs and parameters.
-        measure: None: a limit on latency is held to the prediction.
+        measure: of the quantities in ``MEASURED`` that are limited; None: they are held to the
+            prediction.
 
     Raises:
         PruningError: a limit is out of reach, by its prices or as measured.
@@ -96,16 +116,15 @@ def cut_within(
         limit.quantity: _along(terms.way, whole[limit.quantity], limit) for limit in terms.limits
     }
     blocks = surgery.removable_blocks(network, example_input) if terms.blocks else {}
-    latency = next((limit for limit in terms.limits if limit.quantity == "latency_ms"), None)
+    held = [limit for limit in terms.limits if measure and limit.quantity in MEASURED]
     whole_widths = _whole_widths(whole_analysis, analysis)
-    seen: list[tuple[float, float]] = []
+    seen: dict[str, list[tuple[float, float]]] = {limit.quantity: [] for limit in held}
     found: list[Settled] = []
     for tries in range(1, TRIES + 1):
-        aim = _aim(seen)
         asked = [
             Limit(
                 quantity=limit.quantity,
-                value=goals[limit.quantity] * (aim if limit is latency else 1.0),
+                value=goals[limit.quantity] * _aim(seen.get(limit.quantity, [])),
             )
             for limit in terms.limits
         ]
@@ -124,32 +143,39 @@ def cut_within(
             if not found:
                 raise
             break  # the next aim asks for more than can be had
+        same = next((each for each in found if each.choice.removed == choice.removed), None)
+        if same is not None and same.choice.removed_blocks == choice.removed_blocks:
+            if same.over <= 1:
+                break  # nothing lies between this choice and what was too much
+            _note(seen, same)
+            continue
         cut = removal.cut(
             network, example_input, analysis.groups, choice.removed, choice.removed_blocks
         )
         settled = Settled(choice=choice, cut=cut, dense=whole, goals=goals, tries=tries)
-        if latency is None or measure is None:
+        if measure is None or not held:
             return settled
-        predicted = choice.predicted["latency_ms"] / goals["latency_ms"]
-        again = next((over for each, over in seen if each == predicted), None)
-        if again is not None and again <= 1:
-            break  # nothing lies between this choice and what was too slow
-        if again is not None:
-            seen.append((predicted, again))
-            continue
-        dense_ms, pruned_ms = measure(dense, cut.network)
-        settled = replace(
-            settled,
-            dense_measured_ms=dense_ms,
-            allowed_ms=_along(terms.way, dense_ms, latency),
-            measured_ms=pruned_ms,
-        )
+        told = measure(dense, cut.network)
+        measured: dict[str, Measured] = {
+            limit.quantity: Measured(
+                value=told[limit.quantity][1],
+                allowed=_along(terms.way, told[limit.quantity][0], limit),
+                dense=told[limit.quantity][0],
+            )
+            for limit in held
+        }
+        settled = replace(settled, measured=measured)
         found.append(settled)
-        over = pruned_ms / _along(terms.way, dense_ms, latency)
-        if 1 - SPARE <= over <= 1 or (over < 1 and not choice.removed):
+        if 1 - SPARE <= settled.over <= 1 or (settled.over < 1 and not choice.removed):
             break
-        seen.append((predicted, over))
+        _note(seen, settled)
     return _best(found, terms)
+
+
+def _note(seen: dict[str, list[tuple[float, float]]], settled: Settled) -> None:
+    for quantity, each in settled.measured.items():
+        predicted = settled.choice.predicted[quantity] / settled.goals[quantity]
+        seen[quantity].append((predicted, each.over))
 
 
 def _aim(seen: list[tuple[float, float]]) -> float:
@@ -191,16 +217,19 @@ def _whole_widths(dense: Analysis, analysis: Analysis) -> dict[str, int]:
 
 
 def _best(found: list[Settled], terms: Terms) -> Settled:
-    """The choice that keeps most, of those that were measured within their limit."""
-    within = [each for each in found if (each.measured_ms or 0) <= (each.allowed_ms or 0)]
+    """The choice that keeps most, of those that were measured within their limits."""
+    within = [each for each in found if each.over <= 1]
     if within:
         return max(within, key=lambda each: each.choice.importance_kept)
-    nearest = min(found, key=lambda each: each.measured_ms or 0)
+    nearest = min(found, key=lambda each: each.over)
     asked = ", ".join(str(limit) for limit in terms.limits)
+    told = ", ".join(
+        f"{name} {each.value:.3g} where {each.allowed:.3g} are allowed (dense: {each.dense:.3g})"
+        for name, each in nearest.measured.items()
+    )
     raise PruningError(
-        f"budget {asked}: {len(found)} choices were measured, the fastest at "
-        f"{nearest.measured_ms:.3g} ms where {nearest.allowed_ms:.3g} ms are allowed (dense: "
-        f"{nearest.dense_measured_ms:.3g} ms); raise the budget, or lower prune.keep_at_least"
+        f"budget {asked}: {len(found)} choices were measured, the nearest at {told}; raise the "
+        "budget, or lower prune.keep_at_least"
     )
 
 
@@ -240,10 +269,9 @@ def described(settled: Settled) -> dict[str, Any]:
             name: {"dense": settled.dense[name], "goal": goal, "predicted": choice.predicted[name]}
             for name, goal in settled.goals.items()
         },
-        "latency_ms": {
-            "dense": settled.dense_measured_ms,
-            "allowed": settled.allowed_ms,
-            "measured": settled.measured_ms,
+        "measured": {
+            name: {"dense": each.dense, "allowed": each.allowed, "measured": each.value}
+            for name, each in settled.measured.items()
         },
     }
 
