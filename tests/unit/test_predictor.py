@@ -19,7 +19,7 @@ from greenprune.harness.cost_table import CostPoint, CostTable, LayerShape, Shap
 from greenprune.models import resnet20
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
-from greenprune.pruning.predictor import Predictor, corrected, learn
+from greenprune.pruning.predictor import Predictor, learn
 from greenprune.pruning.probe_graphs import grids
 
 BLOCK = 8
@@ -137,7 +137,7 @@ def test_predictions_are_the_sum_of_the_layers_at_their_widths(
 
 def test_prices_add_up_to_the_prediction_with_its_correction() -> None:
     analysis, layers = analysed(mobile, (1, 3, 32, 32))
-    table = corrected(made_table(layers), {"intercept_us": 250.0, "slope": 0.8})
+    table = replace(made_table(layers), correction={"intercept_us": 250.0, "slope": 0.8})
     predictor = Predictor(layers, table)
     lost = lost_at_random(analysis, 4, seed=1)
     prices = predictor.prices()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from greenprune import compilation, cost_tables, models, processes, whole_networks
@@ -19,13 +20,15 @@ from greenprune.pipeline import Job, Work
 from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
 from greenprune.pruning.graph import Analysis
 from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
-from greenprune.pruning.predictor import Predictor
+from greenprune.pruning.predictor import Predictor, learn
 from greenprune.recipe import Recipe
 from greenprune.registry import load_target, split_runtime
 
 STAGE = "price"
 TABLE = "table.json"
 RACED_IMAGES = 16
+TAUGHT_SHARES = (1.0, 0.7, 0.45)
+"""Of the dense network's widths, of networks that teach what the sum over layers does not know."""
 FINE = 8
 """Kernels are seldom blocked for fewer channels."""
 
@@ -109,6 +112,7 @@ def price(work: Work) -> dict[str, Any]:
             grid_block=job.recipe.prune.width_multiple,
             joules=_in_joules(job.recipe),
         )
+        table = _taught(job, network, analysis, layers, table)
         told = f"{table.seconds:.0f} s of measuring"
     cost_table.write(table, work.folder / TABLE)
     prices = Predictor(layers, table).prices()
@@ -129,6 +133,38 @@ def price(work: Work) -> dict[str, Any]:
         "headline": f"{len(table.costs)} shapes on {table.runtime} ({told}), "
         f"kernels in blocks of {table.block_width}",
     }
+
+
+def _taught(
+    job: Job,
+    network: nn.Module,
+    analysis: Analysis,
+    layers: Sequence[PricedLayer],
+    table: CostTable,
+) -> CostTable:
+    """The table with what whole networks teach: the dense one, and it evenly cut to some widths,
+    down to the narrowest that a budget can lead to."""
+    multiple = _multiple(job, table.block_width)
+    whole = np.array([group.channels for group in analysis.groups])
+    shares = np.array([*TAUGHT_SHARES, job.recipe.prune.keep_at_least])
+    widths = multiple * np.ceil(shares[:, None] * whole / multiple).astype(np.int64)
+    lost = np.unique(whole - np.minimum(widths, whole), axis=0)  # [networks, groups]
+    if len(lost) == 1:
+        return table  # nothing can be narrower
+    networks = {
+        f"network {place}": surgery.compact(
+            network,
+            analysis,
+            {group.name: range(n) for group, n in zip(analysis.groups, row, strict=True) if n},
+        )
+        for place, row in enumerate(lost.tolist())
+    }
+    (racer,) = _race(job, networks, [table.runtime]).racers
+    summed_ms = Predictor(layers, table).summed_ms(
+        {group.name: counts for group, counts in zip(analysis.groups, lost.T, strict=True)}
+    )
+    measured_ms = [racer.latency_ms[name].value for name in networks]
+    return replace(table, correction=learn(summed_ms, measured_ms))
 
 
 def write_graphs(job: Job, output: Path, runtime: str | None) -> Path:

@@ -8,7 +8,6 @@ networks measured, as a *correction*: ``intercept + slope x sum``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -190,8 +189,3 @@ def _not_negative(terms: Costs, weights: Costs) -> Costs:
     root = np.sqrt(weights)
     scale = np.linalg.norm(terms, axis=0)  # columns of one size, for the solver's tolerance
     return np.asarray(nnls(root[:, None] * terms / scale, root)[0] / scale)
-
-
-def corrected(table: CostTable, correction: dict[str, float]) -> CostTable:
-    """The table with what :func:`learn` found."""
-    return replace(table, correction=correction)
