@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 
+import budget_tables
 import device_tables
 import pruning_tables
 from common import HERE
@@ -40,7 +41,7 @@ def main() -> None:
 
 def written(block: re.Match[str]) -> str:
     name = block[1]
-    places = (sys.modules[__name__], pruning_tables, device_tables)
+    places = (sys.modules[__name__], pruning_tables, device_tables, budget_tables)
     found = next((getattr(place, name) for place in places if hasattr(place, name)), None)
     if found is None:
         sys.exit(f"no table is called '{name}'")

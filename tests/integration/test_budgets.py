@@ -100,35 +100,38 @@ def test_a_budget_is_held_as_measured(
     assert found["mild"]["macs"] == mild["quantities"]["macs"]["predicted"]
     assert mild["measured"] == {}
 
+    carried = Path(made["run"]) / "price" / "table.json"
+    first = cost_table.read(carried)
+
     def never(*arguments: Any, **named: Any) -> None:
         raise AssertionError("the table is measured again")
 
     monkeypatch.setattr(cost_tables.cost_probe, "measure", never)
-    again = api.prune(overrides=asked, runs=tmp_path / "runs", name="again")
-    tables = [cost_table.read(Path(run["run"]) / "price" / "table.json") for run in (made, again)]
+    again = [*overrides, 'prune.aggressive.budget=["latency x0.75"]']
+    api.prune(overrides=again, runs=tmp_path / "runs", name="held")
+    tables = [first, cost_table.read(carried)]
     assert tables[0].costs == tables[1].costs
     for each in tables:
         assert each.correction["slope"] > 0
         assert each.correction["intercept_us"] >= 0
 
-    carried = Path(made["run"]) / "price" / "table.json"
     with pytest.raises(MeasurementError, match="expected a cost table of target 'arm'"):
         api.prune(
             overrides=[*asked, f'prune.cost_table="{carried}"', 'compile.target="arm"'],
             runs=tmp_path / "runs",
-            name="elsewhere",
+            name="held",
         )
     with pytest.raises(MeasurementError, match=r"of openvino, as compile\.runtimes"):
         api.prune(
             overrides=[*asked, f'prune.cost_table="{carried}"', 'compile.runtimes=["openvino"]'],
             runs=tmp_path / "runs",
-            name="elsewhere",
+            name="held",
         )
     with pytest.raises(PruningError, match=r"smallest latency_ms that can be reached is .*x0\.01"):
         api.prune(
             overrides=[*overrides, 'prune.aggressive.budget=["latency x0.01"]'],
             runs=tmp_path / "runs",
-            name="unreachable",
+            name="held",
         )
 
 

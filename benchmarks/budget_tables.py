@@ -1,0 +1,129 @@
+"""The tables of docs/results.md about budgets in what a device pays, each from its result files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import RESULTS
+from tables import machine, read, table
+
+ARMS = {
+    "dense": "dense",
+    "papers": "(a) the papers' rates",
+    "macs": "(b) DRP, half of the MACs",
+    "macs_8": "(c) the same, widths on 8",
+    "torch_pruning_8": "(c) torch-pruning, `round_to=8`",
+    "latency": "(d) DRP within half of the latency",
+    "latency_blocks": "(d) the same, blocks may go",
+}
+
+
+def cost_table() -> str:
+    """How well a table predicts whole networks."""
+    result = read("cost_table")
+    rows = []
+    for name, network in result["figures"]["networks"].items():
+        for runtime in (key for key in network if key != "input_size"):
+            found = network[runtime]
+            before, after = found["before"], found["after"]
+            rows.append(
+                [
+                    f"{name}, {runtime}",
+                    f"{found['points']}, {found['table_seconds'] / 60:.1f} min",
+                    str(found["block_width"]),
+                    f"{before['median_error']:.1%}, {before['spearman']:.3f}",
+                    f"{after['median_error']:.1%}, {after['spearman']:.3f}",
+                ]
+            )
+    choices = max(
+        found["choices"]
+        for network in result["figures"]["networks"].values()
+        for found in network.values()
+        if isinstance(found, dict)
+    )
+    note = (
+        f"{choices} random choices of widths each, measured whole, batch 1, "
+        f"{result['figures']['threads']} threads, in alternating blocks: median relative error and "
+        "Spearman's rank correlation; wanted are 10% and 0.95. With the correction each network is "
+        "predicted by one that others taught (five folds). The goal for a table of ResNet-56 is 10 "
+        f"minutes. On {machine(result)}. `benchmarks/cost_table.py`."
+    )
+    headings = ["", "points, time", "block found", "sum of the table", "with the correction"]
+    return "\n".join([table(headings, rows), "", note])
+
+
+def measured_cost() -> str:
+    """By MACs and by what the device pays, in floating point."""
+    return _measured_cost("measured_cost")
+
+
+def measured_cost_int8() -> str:
+    """The same, in int8."""
+    return _measured_cost("measured_cost_int8")
+
+
+def _measured_cost(name: str) -> str:
+    result = read(name)
+    rows: list[list[str]] = []
+    for network, found in result["figures"]["networks"].items():
+        measured = found["runtimes"]
+        rows.append(
+            [f"**{network}**, block of {found['block_width']}", *[""] * (2 + len(measured))]
+        )
+        for arm in (arm for arm in ARMS if arm in found["arms"]):
+            latencies = [_latency(runtime[arm]) for runtime in measured.values()]
+            accuracy = _accuracy(arm) if (name, network) == ("measured_cost", "resnet56") else ""
+            rows.append(
+                [ARMS[arm], f"{found['arms'][arm]['macs_share']:.1%}", *latencies, accuracy]
+            )
+    networks = result["figures"]["networks"]
+    runtimes = list(next(iter(networks.values()))["runtimes"])
+    priced = ", ".join(f"{network} by {found['priced']}" for network, found in networks.items())
+    note = (
+        "Milliseconds, batch 1, and the share of the dense network's, paired by block, all arms in "
+        f"one race, {result['figures']['threads']} threads. Prices: {priced}. VGG-16 and "
+        "MobileNetV3 have random weights. Accuracy: test images, from 93.39%, after 15 epochs of "
+        f"one training for all, where that was run. On {machine(result)}. "
+        "`benchmarks/measured_cost.py`, `measured_cost_accuracy.py`."
+    )
+    headings = ["", "MACs", *(f"{runtime}, ms" for runtime in runtimes), "accuracy"]
+    return "\n".join([table(headings, rows), "", note])
+
+
+def _latency(row: dict[str, Any]) -> str:
+    share = row["of_dense"]
+    return (
+        f"{row['latency_ms']['value']:.2f} ({share['value']:.2f} "
+        f"[{share['low']:.2f}, {share['high']:.2f}])"
+    )
+
+
+def _accuracy(arm: str) -> str:
+    if not (RESULTS / "measured_cost_accuracy" / f"{arm}.json").is_file():
+        return ""
+    return f"{read(f'measured_cost_accuracy/{arm}')['figures']['accuracy']:.2%}"
+
+
+def sweep_digits() -> str:
+    """Twelve points, killed and resumed."""
+    result = read("sweep_digits")
+    figures = result["figures"]
+    killed = figures["killed"]
+    rows = [
+        ["points", str(figures["points"])],
+        ["finished when it was killed", str(killed["points_finished"])],
+        [
+            "processes killed, left over",
+            f"{killed['processes_killed']}, {killed['processes_left']}",
+        ],
+        ["finished stages and points that were done again", str(len(figures["done_again"]))],
+        [
+            "minutes before, and after",
+            f"{killed['seconds'] / 60:.1f}, {figures['resumed_seconds'] / 60:.1f}",
+        ],
+    ]
+    note = (
+        f"LeNet-5 on the digits, two Ray workers on {machine(result)}; the same command goes on. "
+        "`benchmarks/sweep_digits.py`."
+    )
+    return "\n".join([table(["", ""], rows), "", note])
