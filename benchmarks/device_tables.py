@@ -93,6 +93,10 @@ def _ms(interval: dict[str, Any]) -> str:
     return f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
+def _us(interval: dict[str, Any]) -> str:
+    return f"{interval['value']:.0f} [{interval['low']:.0f}, {interval['high']:.0f}]"
+
+
 def session() -> str:
     """What AdaptiveSession adds, for each bundle that it was measured with."""
     rows, results = [], [read(path.stem) for path in sorted(RESULTS.glob("session_*.json"))]
@@ -102,8 +106,8 @@ def session() -> str:
             [
                 f"`{figures['bundle']}`: a call, all accepted",
                 f"{called['session_us']:,.0f} us",
-                f"{called['bare_us']:,.0f} us bare",
-                f"1.03x + 20 us: {called['allowed_us']:,.0f} us",
+                f"{called['bare_us']:,.0f} us bare; by block {_us(called['added_us'])} us more",
+                f"{called['allowed_us']:,.0f} us more (3% + 20 us)",
             ],
             *(
                 [
