@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import filelock
 import pytest
 
-from greenprune import pipeline, recipe
+from greenprune import meters, pipeline, recipe
 from greenprune.errors import MeasurementError, RunError, StorageError, TrainingError
 from greenprune.meters import Meter, Window
 from greenprune.nncec import ledger
@@ -220,6 +220,26 @@ def test_stages_that_are_not_finished_are_not_taken(job: Job) -> None:
     with pytest.raises(RunError, match="stage 'first' is not finished"):
         execute(job, chain(calls)[2:], finished=["first"])
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("meter", "taken"), [("rapl", "estimate"), ("auto", "estimate"), ("none", "none")]
+)
+def test_beside_other_runs_no_counter_of_the_machine_is_read(
+    job: Job, monkeypatch: pytest.MonkeyPatch, meter: str, taken: str
+) -> None:
+    """It would count the joules of all of them for each."""
+    opened: list[str] = []
+
+    def open_meter(name: str) -> Meter:
+        opened.append(name)
+        return meters.open_meter("none")
+
+    monkeypatch.setattr(pipeline, "open_meter", open_meter)
+    recipe = replace(RECIPE, bench=BenchSettings(meter=meter))
+    execute(Job(recipe, job.folder, alone=False), chain([])[:1])
+    execute(Job(recipe, job.folder / "alone"), chain([])[:1])
+    assert opened == [taken, meter]
 
 
 def test_a_meter_that_fails_is_a_gap_and_costs_no_stage(

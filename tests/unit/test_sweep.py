@@ -33,6 +33,7 @@ from greenprune import (
 from greenprune import recipe as recipes
 from greenprune._version import __version__
 from greenprune.errors import MissingPackageError, RecipeError, RunError, TargetError
+from greenprune.harness import cost_table
 from greenprune.sweep_record import Energy, Figures, Measured, Point, Sweep
 
 # accuracy, development accuracy, ms, mJ, bytes
@@ -264,6 +265,46 @@ def test_point_of_an_older_training_is_not_finished(tmp_path: Path) -> None:
     recipe = finished_point(tmp_path)
     write_stage(tmp_path / "base", "sparsify", "4", train="1")
 
+    assert not sweep_worker.is_finished(recipe, tmp_path / "point")
+
+
+def test_point_of_another_cost_table_is_not_finished(tmp_path: Path) -> None:
+    """The recipe names the same file; what stands there is another measurement."""
+
+    def write(place: Path, latency_us: float) -> None:
+        point = cost_table.CostPoint(
+            in_width=8,
+            out_width=8,
+            latency_us=latency_us,
+            latency_us_low=latency_us,
+            latency_us_high=latency_us,
+        )
+        costs = cost_table.ShapeCosts(
+            shape=cost_table.LayerShape(operator="linear"), mirrored=False, points=(point,)
+        )
+        place.parent.mkdir(exist_ok=True)
+        cost_table.write(
+            cost_table.CostTable(
+                target="arm",
+                runtime="onnxruntime",
+                threads=2,
+                machine={},
+                versions={},
+                block_width=8,
+                block_probe=(),
+                costs=(costs,),
+            ),
+            place,
+        )
+
+    carried = tmp_path / "table.json"
+    recipe = finished_point(tmp_path)
+    recipe = replace(recipe, prune=replace(recipe.prune, cost_table=str(carried)))
+    pipeline.write_run(pipeline.Job(recipe, tmp_path / "point"))
+    for place in (carried, tmp_path / "point" / "price" / "table.json"):
+        write(place, 5.0)
+    assert sweep_worker.is_finished(recipe, tmp_path / "point")
+    write(carried, 6.0)
     assert not sweep_worker.is_finished(recipe, tmp_path / "point")
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from greenprune import api, bundle, pipeline, schema, storage, sweep_cluster, sweep_record
 from greenprune import recipe as recipes
 from greenprune.cores import usable_cores
-from greenprune.errors import GreenpruneError, RunError
+from greenprune.errors import GreenpruneError, MeasurementError, RunError
+from greenprune.harness import cost_table
 from greenprune.harness.summary import energy_ratio, latency_ratio, mean_latencies_ms
 from greenprune.pipeline import Job
 from greenprune.recipe import Recipe, VariantSettings
@@ -59,7 +60,7 @@ def advance(
     """
 
     def work() -> None:
-        job = Job(_recipe(recipe), Path(folder))
+        job = Job(_recipe(recipe), Path(folder), alone=not shares)
         for left in (POINT_FILE, ERROR_FILE):
             (job.folder / left).unlink(missing_ok=True)
         take_over(job.folder.parent / BASE, job.folder)
@@ -118,17 +119,25 @@ def take_over(base: Path, folder: Path) -> None:
 
 
 def is_finished(recipe: Recipe, folder: Path) -> bool:
-    """Whether a point's run is complete, by this recipe and from the base run as it is now."""
+    """Whether a point's run is complete, by this recipe and from the base run and the cost table as
+    they are now."""
+    from greenprune import prune_budget
+
     try:
         sweep_record.read_point(folder)
         if recipes.read_back(folder / pipeline.RUN_FILE) != recipe:
             return False
+        carried = recipe.prune.cost_table
+        if carried is not None:
+            priced = cost_table.read(folder / prune_budget.STAGE / prune_budget.TABLE)
+            if cost_table.read(Path(carried)).costs != priced.costs:
+                return False
         made, there = (
             pipeline.read_stage(run / SHARED[-1]) for run in (folder.parent / BASE, folder)
         )
         from_base = made and there and made["inputs_sha256"] == there["inputs_sha256"]
         return bool(from_base) and pipeline.is_current(folder, f"report-{recipe.compile.target}")
-    except RunError:  # damaged: the point is made again, or fails by itself
+    except (RunError, MeasurementError):  # damaged: the point is made again, or fails by itself
         return False
 
 
