@@ -38,6 +38,7 @@ from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.layer_shapes import shapes_of
 from greenprune.pruning.predictor import Predictor, learn
 from greenprune.pruning.surgery import compact
+from greenprune.registry import load_target
 from greenprune.whole_networks import race_networks
 
 SEED = 0
@@ -103,9 +104,12 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
     return network.eval(), torch.randn(2, 3, size, size)
 
 
-def draw(analysis: Analysis, choices: int, block: int) -> dict[str, NDArray[np.int64]]:
+def draw(analysis: Analysis, choices: int, block_width: int) -> dict[str, NDArray[np.int64]]:
     """Channels that each group loses, int64 [choices]; the first choice is the dense network."""
+    usual = load_target(TARGET).capabilities.width_multiple
+    multiples = cost_tables.multiples(block_width, usual)
     full = np.array([group.channels for group in analysis.groups])
+    block = np.array([multiples.of(group.channels) for group in analysis.groups])
     least = np.ceil(KEEP_AT_LEAST * full / block).astype(np.int64)
     widths = np.array(
         [

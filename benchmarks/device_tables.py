@@ -173,9 +173,13 @@ def x86_latency() -> str:
         if "int8" not in runtime
     )
     alone = resnet["arithmetic_ms"]["dense"]
+    multiples = ", ".join(
+        f"{found['width_multiple']} ({name})" for name, found in figures["networks"].items()
+    )
     note = (
         f"Batch 1, {figures['threads']} threads, every candidate in a process of its own, in "
-        "alternating blocks; dense, and pruned by DRP to half of the MACs, widths on blocks of 8. "
+        "alternating blocks; dense, and pruned by DRP to half of the MACs, widths on multiples of "
+        f"{multiples}. "
         "*Arrives* is the real speed-up over the MACs' reduction. Accuracy of dense ResNet-56 on "
         f"10,000 test images: {accuracies}. Arithmetic alone ({figures['peak_gmacs']:.0f} GMAC/s, "
         f"this processor's best matrix product) would take its {best:.2f} ms {alone:.2f} ms: "

@@ -44,7 +44,7 @@ from greenprune.pruning.graph import Analysis
 from greenprune.pruning.layer_shapes import shapes_of
 from greenprune.pruning.predictor import Predictor
 from greenprune.pruning.scores import Scores, measure
-from greenprune.registry import runtime_name
+from greenprune.registry import load_target, runtime_name
 from greenprune.whole_networks import race_networks
 
 SEED = 0
@@ -52,6 +52,7 @@ IMAGES = 64
 CALIBRATION = 200
 KEEP_AT_LEAST = 0.1
 SHARE = 0.5
+USUAL = load_target("x86").capabilities.width_multiple
 NETWORKS = ("resnet56", "vgg16", "mobilenet_v3_small")
 RATES = {"resnet56": resnet56_rates, "vgg16": vgg16_rates}
 PRESET = replace(
@@ -139,7 +140,7 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
         name: within.cut_within(
             within.Terms(
                 limits=limits.parse_all([f"latency x{SHARE}"]),
-                width_multiple=table.block_width,
+                width_multiple=cost_tables.multiples(table.block_width, USUAL),
                 keep_at_least=KEEP_AT_LEAST,
                 blocks=blocks,
             ),

@@ -17,11 +17,18 @@ from greenprune.harness import cost_plan, cost_probe, cost_table
 from greenprune.harness.cost_table import CostTable
 from greenprune.progress import say
 from greenprune.pruning import probe_graphs
+from greenprune.pruning.choices import Multiples
 from greenprune.pruning.layer_shapes import PricedLayer
 from greenprune.pruning.predictor import Predictor
 from greenprune.pruning.probe_graphs import Grid
 from greenprune.registry import Target, device_kind, load_target
 from greenprune.schema import encode
+
+
+def multiples(block: int, usual: int) -> Multiples:
+    """What widths are multiples of on a device: of the block that was found, and where groups are
+    narrow of the target's ``width_multiple`` if that is less."""
+    return Multiples(block, min(block, usual))
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def table_for(
         runtime: by :func:`greenprune.registry.runtime_name`.
         threads: of a session; 0 means one for each core.
         network: what people call the network.
-        grid_block: widths are measured at multiples of it; None: of the block that was found.
+        grid_block: widths are measured at multiples of it; None: see :func:`multiples`.
         joules: a table in the cache that has none will not do.
         cache: None: ``$XDG_CACHE_HOME/greenprune/cost-tables``, else under ``~/.cache``.
 
@@ -80,8 +87,9 @@ def table_for(
     setting = _Setting(folder, device, runtime, threads, network)
     with _locked(folder):
         probed = _probed(setting, layers)
-        block = probed.block_width if probed else device.capabilities.width_multiple
-        wanted = probe_graphs.grids(layers, grid_block or block)
+        usual = device.capabilities.width_multiple
+        block = probed.block_width if probed else usual
+        wanted = probe_graphs.grids(layers, grid_block or multiples(block, usual))
         table = _cached(setting, wanted)
         if table is None or (joules and "energy_mj" not in Predictor(layers, table).prices()):
             table = _measured(setting, wanted, None)

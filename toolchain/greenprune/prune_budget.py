@@ -18,6 +18,7 @@ from greenprune.harness.cost_table import CostTable
 from greenprune.harness.race import Race
 from greenprune.pipeline import Job, Work
 from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
+from greenprune.pruning.choices import Multiples
 from greenprune.pruning.graph import Analysis
 from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
 from greenprune.pruning.predictor import Predictor, learn
@@ -47,7 +48,7 @@ def _limits(recipe: Recipe) -> list[limits.Limit]:
     return [limit for own in variants for limit in limits.parse_all(own.budget)]
 
 
-def preflight(job: Job) -> int:
+def preflight(job: Job) -> Multiples:
     """What can be said of the budgets before anything is trained.
 
     Returns:
@@ -63,11 +64,11 @@ def preflight(job: Job) -> int:
     if settings.steps > 1 and _limits(job.recipe) and processes.count() > 1:
         raise NotAvailableError("prune.steps above 1 under torchrun; use one process")
     if not is_asked(job.recipe):
-        return width_multiple(job)
+        return Multiples(width_multiple(job))
     if settings.cost_table is not None:
-        return _multiple(job, _carried(job, Path(settings.cost_table), ()).block_width)
+        return _multiples(job, _carried(job, Path(settings.cost_table), ()).block_width)
     _check_here(job)
-    return min(width_multiple(job), _multiple(job, FINE))
+    return Multiples(settings.width_multiple or min(width_multiple(job), FINE))
 
 
 def _carried(job: Job, path: Path, layers: Sequence[PricedLayer]) -> CostTable:
@@ -123,7 +124,7 @@ def price(work: Work) -> dict[str, Any]:
                 "was made (`greenprune doctor` says why); ask for latency instead"
             )
     for variant in parts.PRUNED:
-        terms = terms_of(job, variant, _multiple(job, table.block_width))
+        terms = terms_of(job, variant, _multiples(job, table.block_width))
         within.check_reachable(terms, network, analysis, example, prices)
     return {
         "runtime": table.runtime,
@@ -144,9 +145,10 @@ def _taught(
 ) -> CostTable:
     """The table with what whole networks teach: the dense one, and it evenly cut to some widths,
     down to the narrowest that a budget can lead to."""
-    multiple = _multiple(job, table.block_width)
+    multiples = _multiples(job, table.block_width)
     whole = np.array([group.channels for group in analysis.groups])
     shares = np.array([*TAUGHT_SHARES, job.recipe.prune.keep_at_least])
+    multiple = np.array([multiples.of(channels) for channels in whole.tolist()])
     widths = multiple * np.ceil(shares[:, None] * whole / multiple).astype(np.int64)
     lost = np.unique(whole - np.minimum(widths, whole), axis=0)  # [networks, groups]
     if len(lost) == 1:
@@ -232,12 +234,12 @@ def _race(
     )
 
 
-def terms_of(job: Job, variant: str, multiple: int) -> within.Terms:
-    """What a variant may cost in the end, in widths that are multiples of one."""
+def terms_of(job: Job, variant: str, multiples: Multiples) -> within.Terms:
+    """What a variant may cost in the end, in such widths."""
     settings = job.recipe.prune
     return within.Terms(
         limits=limits.parse_all(getattr(settings, variant).budget),
-        width_multiple=multiple,
+        width_multiple=multiples,
         keep_at_least=settings.keep_at_least,
         blocks=settings.blocks,
     )
@@ -246,18 +248,19 @@ def terms_of(job: Job, variant: str, multiple: int) -> within.Terms:
 def width_multiple(job: Job) -> int:
     """What the recipe says, or what the target's kernels are taken to be blocked for."""
     target = load_target(job.recipe.compile.target)
-    return _multiple(job, target.capabilities.width_multiple)
+    return job.recipe.prune.width_multiple or target.capabilities.width_multiple
 
 
-def found_multiple(job: Job) -> int:
+def found_multiples(job: Job) -> Multiples:
     """Likewise; where a table was measured, what its probe found."""
     if not is_asked(job.recipe):
-        return width_multiple(job)
-    return _multiple(job, int(job.results(STAGE)["block_width"]))
+        return Multiples(width_multiple(job))
+    return _multiples(job, int(job.results(STAGE)["block_width"]))
 
 
-def _multiple(job: Job, otherwise: int) -> int:
-    return job.recipe.prune.width_multiple or otherwise
+def _multiples(job: Job, block: int) -> Multiples:
+    asked = job.recipe.prune.width_multiple
+    return Multiples(asked) if asked else cost_tables.multiples(block, width_multiple(job))
 
 
 def price_of(job: Job) -> within.Price:

@@ -129,7 +129,7 @@ def _within_budget(
         The channels that the first step took, and the results.
     """
     job, settings = work.job, work.job.recipe.prune
-    terms = prune_budget.terms_of(job, variant, prune_budget.found_multiple(job))
+    terms = prune_budget.terms_of(job, variant, prune_budget.found_multiples(job))
     price, measured = prune_budget.price_of(job), prune_budget.measure_of(job)
     subject, told, gone = first, [], None
     if settings.blocks and settings.steps > 1:
@@ -330,12 +330,12 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
         for variant in parts.PRUNED:
             gates.build(network, example, _gate_settings(job, variant))
         return
-    multiple = prune_budget.preflight(job)
+    multiples = prune_budget.preflight(job)
     analysis = surgery.analyse_and_try(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:
         if getattr(job.recipe.prune, variant).budget:
-            terms = prune_budget.terms_of(job, variant, multiple)
+            terms = prune_budget.terms_of(job, variant, multiples)
             within.check_reachable(terms, network, analysis, example, {})
         else:
             _choose(job, analysis, level, variant)

@@ -34,6 +34,7 @@ from greenprune.harness.cost_plan import (
 )
 from greenprune.harness.cost_table import LayerShape
 from greenprune.progress import Advance, progress
+from greenprune.pruning.choices import MOST_WIDTHS, Multiples
 from greenprune.pruning.layer_shapes import PricedLayer, macs
 from greenprune.registry import Build, Target, split_runtime
 from greenprune.schema import encode
@@ -50,9 +51,10 @@ HEAVY_REPEATS = (2, 4)
 POINTS = 200
 """A network's grids have at most so many points, as long as a side has ``LEAST_WIDTHS``: what can
 be measured in about ten minutes."""
-MOST_WIDTHS, LEAST_WIDTHS = 8, 3
-"""Of a side of a grid. Cost is close to bilinear in the two widths, which interpolation follows
-exactly; where it is not, at small widths, a grid of even ratios has most of its points."""
+LEAST_WIDTHS = 3
+"""Of a side of a grid, at least; at most ``MOST_WIDTHS``. Cost is close to bilinear in the two
+widths, which interpolation follows exactly; where it is not, at small widths, a grid of even ratios
+has most of its points."""
 NARROWEST = 1 / 8
 """Share of its own width from which on a layer is measured; narrower ones are taken to cost as
 much, which overestimates them."""
@@ -75,35 +77,36 @@ class Grid:
     fans: tuple[tuple[int, int], ...]
 
 
-def grids(layers: Iterable[PricedLayer], block: int) -> tuple[Grid, ...]:
+def grids(layers: Iterable[PricedLayer], multiples: int | Multiples) -> tuple[Grid, ...]:
     """A grid of widths for each distinct shape of a network.
 
-    A side that can be pruned goes from :data:`NARROWEST` to the full width in multiples of
-    ``block``, in ratios as even as these allow, with as many widths as :data:`POINTS` allows; one
-    that cannot be pruned has its widths alone. Convolutions in groups are measured at their own
-    width.
+    A side that can be pruned goes from :data:`NARROWEST` to the full width in ``multiples``, in
+    ratios as even as these allow, with as many widths as :data:`POINTS` allows; one that cannot be
+    pruned has its widths alone. Convolutions in groups are measured at their own width.
 
     Args:
         layers: see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
-        block: see ``Capabilities.width_multiple``.
+        multiples: that widths will be chosen of.
     """
+    if isinstance(multiples, int):
+        multiples = Multiples(multiples)
     members: dict[LayerShape, list[PricedLayer]] = {}
     for layer in layers:
         members.setdefault(layer.shape, []).append(layer)
     found: tuple[Grid, ...] = ()
     for most in range(MOST_WIDTHS, LEAST_WIDTHS - 1, -1):
-        found = tuple(_grid(shape, group, block, most) for shape, group in members.items())
+        found = tuple(_grid(shape, group, multiples, most) for shape, group in members.items())
         if sum(len(grid.chains) + len(grid.fans) for grid in found) <= POINTS:
             break
     return found
 
 
-def _grid(shape: LayerShape, layers: list[PricedLayer], block: int, most: int) -> Grid:
+def _grid(shape: LayerShape, layers: list[PricedLayer], multiples: Multiples, most: int) -> Grid:
     chains: dict[tuple[int, int], None] = {}
-    for point in _points([layer for layer in layers if layer.in_turn], block, most):
+    for point in _points([layer for layer in layers if layer.in_turn], multiples, most):
         if point[::-1] not in chains:
             chains[point] = None
-    fans = _points([layer for layer in layers if not layer.in_turn], block, most)
+    fans = _points([layer for layer in layers if not layer.in_turn], multiples, most)
     return Grid(
         shape=shape,
         chains=tuple(chains),
@@ -111,26 +114,28 @@ def _grid(shape: LayerShape, layers: list[PricedLayer], block: int, most: int) -
     )
 
 
-def _points(layers: list[PricedLayer], block: int, most: int) -> list[tuple[int, int]]:
+def _points(layers: list[PricedLayer], multiples: Multiples, most: int) -> list[tuple[int, int]]:
     if not layers:
         return []
     groups = layers[0].shape.groups
     if groups > 1:
         return sorted({(layer.in_width, layer.out_width) for layer in layers})
-    outputs = _values([(layer.out_width, layer.out_groups) for layer in layers], block, most)
+    outputs = _values([(layer.out_width, layer.out_groups) for layer in layers], multiples, most)
     if groups == 0:
         return [(width, width) for width in outputs]
-    inputs = _values([(layer.in_width, layer.in_groups) for layer in layers], block, most)
+    inputs = _values([(layer.in_width, layer.in_groups) for layer in layers], multiples, most)
     return list(itertools.product(inputs, outputs))
 
 
-def _values(sides: list[tuple[int, dict[str, int]]], block: int, most: int) -> list[int]:
+def _values(sides: list[tuple[int, dict[str, int]]], multiples: Multiples, most: int) -> list[int]:
     """Widths of one side of a grid, from the width and the groups of each of its layers."""
     fixed = {width for width, groups in sides if not groups}
     free = {width for width, groups in sides if groups}
     if not free:
         return sorted(fixed)
-    step = math.lcm(block, min(min(groups.values()) for _, groups in sides if groups))
+    step = math.lcm(
+        multiples.of(max(free)), min(min(groups.values()) for _, groups in sides if groups)
+    )
     lowest = min(max(1, round(NARROWEST * min(free) / step)) * step, *free)
     even = np.geomspace(lowest, max(free), most)[1:-1]
     inner = {int(step * round(width / step)) for width in even}

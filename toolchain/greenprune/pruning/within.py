@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from greenprune.errors import PruningError
 from greenprune.pruning import limits, optimise, removal, surgery
+from greenprune.pruning.choices import Multiples
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit
 from greenprune.pruning.scores import Scores
@@ -40,7 +41,7 @@ class Terms:
     """What a network may cost, and how it may get there."""
 
     limits: tuple[Limit, ...]
-    width_multiple: int = 8
+    width_multiple: int | Multiples = 8
     keep_at_least: float = 0.2
     blocks: bool = False
     """Whether residual blocks may go whole."""
