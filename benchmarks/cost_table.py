@@ -106,10 +106,8 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
 
 def draw(analysis: Analysis, choices: int, block_width: int) -> dict[str, NDArray[np.int64]]:
     """Channels that each group loses, int64 [choices]; the first choice is the dense network."""
-    usual = load_target(TARGET).capabilities.width_multiple
-    multiples = cost_tables.multiples(block_width, usual)
+    block = min(block_width, load_target(TARGET).capabilities.width_multiple)
     full = np.array([group.channels for group in analysis.groups])
-    block = np.array([multiples.of(group.channels) for group in analysis.groups])
     least = np.ceil(KEEP_AT_LEAST * full / block).astype(np.int64)
     widths = np.array(
         [

@@ -112,7 +112,8 @@ def session() -> str:
             *(
                 [
                     f"in turn on {NAMES.get(runtime, runtime)}: accepted, escalated",
-                    f"{found['accepted_over_alone']:.2f}x, {found['escalated_over_sum']:.2f}x",
+                    f"{_ratio(found['accepted_over_alone'], 2)}x, "
+                    f"{_ratio(found['escalated_over_sum'], 2)}x",
                     "the networks alone, at their fastest",
                     f"{found['allowed']}x",
                 ]
@@ -144,7 +145,8 @@ def session() -> str:
             ],
         ]
     note = (
-        f"Medians, one process at a time, in alternating blocks, on {machine(results[0])}. "
+        "Medians, a process for each, in alternating blocks, ratios and differences paired by "
+        f"block, on {machine(results[0])}. "
         "`benchmarks/session.py`."
     )
     return "\n".join([table(["", "session", "beside", "allowed"], rows), "", note])
@@ -154,15 +156,17 @@ def x86_latency() -> str:
     """Milliseconds, and how much of the MACs' reduction arrives."""
     result = read("x86_latency")
     figures = result["figures"]
+    in_depth = read("x86_latency_depth")["figures"]["networks"]["resnet56"]
+    networks = {**figures["networks"], "resnet56, whole blocks too": in_depth}
     rows = [
         [
             f"{name}, {runtime}",
             _ms(found["latency_ms"]["dense"]),
             _ms(found["latency_ms"]["half"]),
-            f"{found['speedup']['value']:.2f}x",
+            f"{found['speedup']['value']:.2f}x of {network['mac_reduction']:.2f}x",
             f"{found['speedup_over_mac_reduction']:.2f}",
         ]
-        for name, network in figures["networks"].items()
+        for name, network in networks.items()
         for runtime, found in network["runtimes"].items()
     ]
     resnet = figures["networks"]["resnet56"]
@@ -173,9 +177,7 @@ def x86_latency() -> str:
         if "int8" not in runtime
     )
     alone = resnet["arithmetic_ms"]["dense"]
-    multiples = ", ".join(
-        f"{found['width_multiple']} ({name})" for name, found in figures["networks"].items()
-    )
+    multiples = ", ".join(f"{found['width_multiple']} ({name})" for name, found in networks.items())
     note = (
         f"Batch 1, {figures['threads']} threads, every candidate in a process of its own, in "
         "alternating blocks; dense, and pruned by DRP to half of the MACs, widths on multiples of "

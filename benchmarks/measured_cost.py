@@ -118,9 +118,10 @@ def make(name: str, loaded: data.Data, weights: Path) -> Subject:
 def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict[str, Any]:
     """All arms of one network; what is greenprune's is kept."""
     fastest = raced({"dense": subject.network}, runtimes, subject.images, threads).order[0]
+    layers = shapes_of(subject.network, subject.images[:2], subject.analysis)
     table_begin = time.monotonic()
     table = cost_tables.table_for(
-        shapes_of(subject.network, subject.images[:2], subject.analysis),
+        layers,
         target="x86",
         runtime=fastest,
         threads=threads,
@@ -128,19 +129,33 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
     )
     table_seconds = time.monotonic() - table_begin
 
+    def milliseconds(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        found = raced(networks, [fastest], subject.images, threads).racers[0].latency_ms
+        return {name: each.value for name, each in found.items()}
+
+    table = cost_tables.taught(
+        table,
+        subject.network,
+        subject.analysis,
+        layers,
+        width_multiple=min(table.block_width, USUAL),
+        keep_at_least=KEEP_AT_LEAST,
+        measure=milliseconds,
+    )
+
     def price(network: nn.Module, analysis: Analysis) -> Mapping[str, optimise.Prices]:
         return Predictor(shapes_of(network, subject.images[:2], analysis), table).prices()
 
     def side_by_side(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
         both = {"dense": dense, "pruned": pruned}
-        found = raced(both, [fastest], subject.images, threads).racers[0].latency_ms
-        return {"latency_ms": (found["dense"].value, found["pruned"].value)}
+        found = milliseconds(both)
+        return {"latency_ms": (found["dense"], found["pruned"])}
 
     settled = {
         name: within.cut_within(
             within.Terms(
                 limits=limits.parse_all([f"latency x{SHARE}"]),
-                width_multiple=cost_tables.multiples(table.block_width, USUAL),
+                width_multiple=min(table.block_width, USUAL),
                 keep_at_least=KEEP_AT_LEAST,
                 blocks=blocks,
             ),

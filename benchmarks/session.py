@@ -3,8 +3,7 @@
     python benchmarks/session.py BUNDLE [--runs 1000000]
 
 The bundle's own networks and replay images. Every latency comes from a process of its own; these
-take turns in short blocks. Ratios are of their medians' medians; what a call adds is the median of
-the differences by block. Inputs of batch 1.
+take turns in short blocks, and ratios and differences are paired by block. Inputs of batch 1.
 """
 
 from __future__ import annotations
@@ -30,11 +29,13 @@ from common import write_result
 
 from greenprune import schema
 from greenprune.bundle import open_bundle
-from greenprune.harness.statistics import order_interval
+from greenprune.harness.statistics import order_interval, paired_ratio
 from greenprune.progress import progress
 from greenprune.registry import load_target
 from greenprune.runtime import AdaptiveSession, Policy
 
+SETTLE_SECONDS = 0.05
+"""How long idle threads of ONNX Runtime and OpenVINO may still spin."""
 Call = Callable[[Any], Any]
 SEED = 0
 CREATION = """
@@ -144,50 +145,40 @@ def process(*arguments: Any) -> Iterator[Connection]:
 
 def take_turns(
     options: argparse.Namespace, runtime: str, kinds: dict[str, list[str]]
-) -> dict[str, list[float]]:
-    """Medians over all blocks of each kind: [accepted, escalated], in us. One process is alive at
-    a time, so that no idle one spins beside the one that is measured."""
+) -> dict[str, list[list[float]]]:
+    """Medians of every block of each kind, [accepted, escalated], in us; the processes take turns
+    in short blocks, in both orders, and what one leaves spinning has ended before the next."""
     found: dict[str, list[list[float]]] = {name: [] for name in kinds}
-    with progress(f"{runtime}: {', '.join(kinds)}", total=options.rounds * len(kinds)) as advance:
-        for _ in range(options.rounds):
-            for name, what in kinds.items():
-                with process(options.bundle, runtime, options.threads, what) as child:
-                    for seconds in (options.seconds / 2, options.seconds):  # the first warms up
-                        child.send(seconds)
-                        block = child.recv()
-                    found[name].append(block)
-                advance(1)
-    return {
-        name: [statistics.median(block[hard] for block in blocks) for hard in (0, 1)]
-        for name, blocks in found.items()
-    }
-
-
-def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Every input accepted, beside a bare run of the same graph and settings; idle threads
-    do not spin, so both processes stay, and what a session adds is paired by block."""
-    kinds = {"bare": ["bare", "aggressive", "spinning stops"], "session": ["all"]}
-    found: dict[str, list[float]] = {name: [] for name in kinds}
     with ExitStack() as stack:
         children = {
-            name: stack.enter_context(process(options.bundle, "onnxruntime", options.threads, what))
+            name: stack.enter_context(process(options.bundle, runtime, options.threads, what))
             for name, what in kinds.items()
         }
         for child in children.values():  # warms up
             child.send(options.seconds)
             child.recv()
-        with progress("a call", total=options.blocks) as advance:
+        label = f"{runtime}: {', '.join(kinds)}"
+        with progress(label, total=options.blocks * len(kinds)) as advance:
             for block in range(options.blocks):
                 for name in sorted(children, reverse=bool(block % 2)):
+                    time.sleep(SETTLE_SECONDS)
                     children[name].send(options.seconds / 4)
-                    found[name].append(statistics.mean(children[name].recv()))
-                advance(1)
-    bare_us = statistics.median(found["bare"])
-    pairs = zip(found["session"], found["bare"], strict=True)
-    added = order_interval([session - bare for session, bare in pairs])
+                    found[name].append(children[name].recv())
+                    advance(1)
+    return found
+
+
+def overhead(options: argparse.Namespace) -> dict[str, Any]:
+    """Every input accepted, beside a bare run of the same graph and settings; paired by block."""
+    bare = ["bare", "aggressive", "spinning stops"]
+    found = take_turns(options, "onnxruntime", {"bare": bare, "session": ["all"]})
+    means = {name: [statistics.mean(block) for block in blocks] for name, blocks in found.items()}
+    bare_us = statistics.median(means["bare"])
+    pairs = zip(means["session"], means["bare"], strict=True)
+    added = order_interval([session - alone for session, alone in pairs])
     allowed_us = 0.03 * bare_us + 20
     return {
-        "session_us": statistics.median(found["session"]),
+        "session_us": statistics.median(means["session"]),
         "bare_us": bare_us,
         "added_us": schema.encode(added),
         "allowed_us": allowed_us,
@@ -196,7 +187,8 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_turn(options: argparse.Namespace, runtime: str) -> dict[str, Any]:
-    """Half of the inputs escalated, beside each network alone at its fastest setting."""
+    """Half of the inputs escalated, beside each network alone at its fastest setting: ratios paired
+    by block."""
     settings = ["default", "spinning stops"] if runtime == "onnxruntime" else ["default"]
     kinds = {
         f"{variant}, {setting}": ["bare", variant, setting]
@@ -204,15 +196,27 @@ def in_turn(options: argparse.Namespace, runtime: str) -> dict[str, Any]:
         for setting in settings
     }
     found = take_turns(options, runtime, {**kinds, "session": ["half"]})
-    alone = {
-        variant: min(statistics.mean(found[f"{variant}, {setting}"]) for setting in settings)
+    means = {name: [statistics.mean(block) for block in found[name]] for name in kinds}
+    fastest = {
+        variant: min(
+            (means[f"{variant}, {setting}"] for setting in settings), key=statistics.median
+        )
         for variant in ("aggressive", "mild")
     }
-    accepted_us, escalated_us = found["session"]
+    both = zip(*fastest.values(), strict=True)
     return {
-        "medians_us": {name: [round(value, 1) for value in both] for name, both in found.items()},
-        "accepted_over_alone": accepted_us / alone["aggressive"],
-        "escalated_over_sum": escalated_us / (alone["aggressive"] + alone["mild"]),
+        "medians_us": {
+            name: [round(statistics.median(block[hard] for block in blocks), 1) for hard in (0, 1)]
+            for name, blocks in found.items()
+        },
+        "accepted_over_alone": schema.encode(
+            paired_ratio([accepted for accepted, _ in found["session"]], fastest["aggressive"])
+        ),
+        "escalated_over_sum": schema.encode(
+            paired_ratio(
+                [escalated for _, escalated in found["session"]], [sum(pair) for pair in both]
+            )
+        ),
         "allowed": 1.2,
     }
 
@@ -248,12 +252,10 @@ def endurance(options: argparse.Namespace) -> dict[str, Any]:
     policy = accepting(float(np.median(read_scores(options.bundle, "onnxruntime"))))
     parts, sizes = 20, []
     with AdaptiveSession(options.bundle, policy=policy, threads=options.threads) as session:
-        with progress("memory", total=parts) as advance:
-            for part in range(parts):
-                for run in range(options.runs // parts):
-                    session.run(None, {"input": images[(part + run) % len(images)]})
-                sizes.append(this.memory_info().rss)
-                advance(1)
+        for part in range(parts):  # a progress bar would grow too
+            for run in range(options.runs // parts):
+                session.run(None, {"input": images[(part + run) % len(images)]})
+            sizes.append(this.memory_info().rss)
         told = session.statistics
     return {
         "runs": told.calls,
@@ -287,9 +289,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--runs", type=int, default=1_000_000, help="for the memory")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a block")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--blocks", type=int, default=60, help="of a call beside a bare one")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="of warming up; a block is a quarter"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="of opening")
+    parser.add_argument("--blocks", type=int, default=60, help="of each process")
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
     options = parser.parse_args()
     start = time.monotonic()

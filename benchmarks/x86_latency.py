@@ -1,6 +1,6 @@
 """Milliseconds on this x86 processor: dense and pruned, fp32 and int8, both runtimes, batch 1.
 
-    python benchmarks/x86_latency.py --data=DIR --weights=resnet56.th [--threads 2]
+    python benchmarks/x86_latency.py --data=DIR --weights=resnet56.th [--threads 2] [--depth]
 
 ResNet-56 with the given weights, and VGG-16 (CIFAR form), MobileNetV3-small and ResNet-18 (both at
 224x224) with random ones, as latency does not depend on them: each dense, and pruned by DRP to at
@@ -8,6 +8,8 @@ most half of its MACs, widths on multiples of 16 or, where half cannot be reache
 Every candidate has a process of its own; candidates take turns in blocks, in an order drawn anew
 for each. *Real speed-up* is dense over pruned, paired by block; divided by the MACs' reduction it
 says how much of that arrives.
+
+With --depth ResNet-56 alone, where whole residual blocks go too and widths are on multiples of 16.
 
 For ResNet-56 the int8 accuracy on the 10,000 test images is told, before and after. *Arithmetic
 alone* is MACs over what this processor's best matrix product reaches in float32 with the same
@@ -36,8 +38,10 @@ from greenprune import api, data, models, schema
 from greenprune.harness import race
 from greenprune.harness.statistics import paired_ratio
 from greenprune.onnx_export import export_onnx
+from greenprune.pruning import limits, optimise, removal, surgery
 from greenprune.pruning.batchnorm import reestimate
 from greenprune.pruning.cost import count
+from greenprune.pruning.scores import measure
 from greenprune.registry import Build, Runner, load_target, runtime_name
 
 SEED = 0
@@ -59,6 +63,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--depth", action="store_true")
     arguments = parser.parse_args()
 
     begin = time.monotonic()
@@ -66,16 +71,21 @@ def main() -> None:
     loaded = load_images(arguments.data, arguments.weights)
     peak = peak_macs_per_second(arguments.threads)
     networks: dict[str, Any] = {}
-    for name in MULTIPLES:
+    for name in ("resnet56",) if arguments.depth else MULTIPLES:
         dense, images = make(name, loaded, arguments.weights)
         with tempfile.TemporaryDirectory() as scratch:
-            networks[name] = one(name, dense, images, Path(scratch), arguments.threads, peak)
+            half = in_depth(dense, images) if arguments.depth else in_width(name, dense, images)
+            networks[name] = {
+                "width_multiple": 16 if arguments.depth else MULTIPLES[name],
+                **one(dense, half, images, Path(scratch), arguments.threads, peak),
+            }
             if name == "resnet56":
                 networks[name]["test_accuracy"] = accuracies(Path(scratch), loaded)
         print(name, networks[name], flush=True)
     figures = {"threads": arguments.threads, "peak_gmacs": peak / 1e9, "networks": networks}
     seconds = time.monotonic() - begin
-    print(write_result("x86_latency", seed=SEED, seconds=seconds, figures=figures))
+    name = "x86_latency_depth" if arguments.depth else "x86_latency"
+    print(write_result(name, seed=SEED, seconds=seconds, figures=figures, script="x86_latency"))
 
 
 def make(name: str, loaded: data.Data, weights: Path) -> tuple[nn.Module, Tensor]:
@@ -93,11 +103,30 @@ def make(name: str, loaded: data.Data, weights: Path) -> tuple[nn.Module, Tensor
     return network.eval(), images
 
 
+def in_width(name: str, dense: nn.Module, images: Tensor) -> nn.Module:
+    """Half of the MACs, by width alone."""
+    return api.prune_network(dense, images[:IMAGES], macs=0.5, width_multiple=MULTIPLES[name])
+
+
+def in_depth(dense: nn.Module, images: Tensor) -> nn.Module:
+    """Half of the MACs, by whole blocks and by width."""
+    analysis = surgery.analyse_and_try(dense, images[:2])
+    choice = optimise.choose(
+        analysis,
+        measure(dense, analysis, images[:IMAGES]).scores,
+        limits.parse_all(["macs x0.5"]),
+        width_multiple=16,
+        blocks=surgery.removable_blocks(dense, images[:2]),
+    )
+    return removal.cut(
+        dense, images[:2], analysis.groups, choice.removed, choice.removed_blocks
+    ).network
+
+
 def one(
-    name: str, dense: nn.Module, images: Tensor, folder: Path, threads: int, peak: float
+    dense: nn.Module, half: nn.Module, images: Tensor, folder: Path, threads: int, peak: float
 ) -> dict[str, Any]:
     """Build, race and judge one network."""
-    half = api.prune_network(dense, images[:IMAGES], macs=0.5, width_multiple=MULTIPLES[name])
     costs = {"dense": count(dense, images[:1]).macs, "half": count(half, images[:1]).macs}
     target = load_target("x86")
     artifacts: dict[str, dict[str, Path]] = {}
@@ -114,7 +143,6 @@ def one(
     found = race.race("x86", artifacts, folder / "inputs.npy", threads=threads, preset=PRESET)
     reduction = costs["dense"] / costs["half"]
     return {
-        "width_multiple": MULTIPLES[name],
         "macs": costs,
         "mac_reduction": reduction,
         "arithmetic_ms": {variant: 1e3 * macs / peak for variant, macs in costs.items()},

@@ -80,10 +80,11 @@ class OnnxRuntimeRunner:
         self._session = session
         self.input_name: str = session.get_inputs()[0].name
         self.output_names: tuple[str, ...] = tuple(out.name for out in session.get_outputs())
+        self._names = list(self.output_names)  # for None ONNX Runtime lists them in every call
 
     def run(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Outputs by name, of float32 inputs [N, C, H, W]."""
-        answers = self._session.run(None, {self.input_name: inputs})
+        answers = self._session.run(self._names, {self.input_name: inputs})
         return dict(zip(self.output_names, answers, strict=True))
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ def test_a_budget_is_held_as_measured(
     assert tables[0].costs == tables[1].costs
     for each in tables:
         assert each.correction["slope"] > 0
-        assert each.correction["intercept_us"] >= 0
+        assert each.correction["layer_us"] >= 0
 
     with pytest.raises(MeasurementError, match="expected a cost table of target 'arm'"):
         api.prune(
@@ -158,13 +158,13 @@ def test_a_device_elsewhere_needs_its_table(tmp_path: Path, overrides: list[str]
     assert found["predicted"] <= found["goal"] == pytest.approx(0.7 * found["dense"])
 
 
-def test_joules_that_no_meter_measures_are_refused_before_pruning(
+def test_joules_that_no_meter_measures_are_refused_before_training(
     tmp_path: Path, overrides: list[str]
 ) -> None:
     asked = [*overrides, 'prune.aggressive.budget=["energy x0.7"]']
     with pytest.raises(PruningError, match=r"no joules.*ask for latency instead"):
         api.prune(overrides=asked, runs=tmp_path / "runs", name="joules")
-    assert not (tmp_path / "runs" / "joules" / "sparsify").exists()
+    assert not (tmp_path / "runs" / "joules" / "train").exists()
 
 
 def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:

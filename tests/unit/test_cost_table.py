@@ -62,7 +62,7 @@ def table(*costs: ShapeCosts, **changed: Any) -> CostTable:
         threads=2,
         machine=MACHINE,
         versions={"python": "3.11"},
-        block_width=8,
+        block_width=1,
         block_probe=(point(8, 8, 20.9), point(16, 16, 50.1)),
         costs=costs,
     )
@@ -87,7 +87,7 @@ LINE = ShapeCosts(
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    made = table(FULL, TRIANGLE, LINE, correction={"intercept_us": 30.0, "slope": 1.1})
+    made = table(FULL, TRIANGLE, LINE, correction={"layer_us": 3.0, "slope": 1.1})
     cost_table.write(made, tmp_path / "table.json")
     assert cost_table.read(tmp_path / "table.json") == made
 
@@ -174,8 +174,8 @@ def test_this_machine_is_described_by_its_target() -> None:
     assert "gpus" in cost_table.describe_machine(load_target("cuda"))
 
 
-@given(st.floats(8, 24), st.floats(8, 32))
-def test_a_cost_that_grows_with_the_product_is_exact(in_width: float, out_width: float) -> None:
+@given(st.integers(8, 24), st.integers(8, 32))
+def test_a_cost_that_grows_with_the_product_is_exact(in_width: int, out_width: int) -> None:
     found = Lookup(table(FULL)).latency_us(STRIDED, [in_width], [out_width])
     assert found[0] == pytest.approx(product(in_width, out_width))
 
@@ -198,6 +198,18 @@ def test_a_mirrored_shape_is_symmetric() -> None:
     found = lookup.latency_us(CONVOLUTION, ins, outs)
     assert np.allclose(found, found.T)
     assert np.allclose(found, 1.0 + ins * outs)
+
+
+def test_a_width_that_was_not_measured_costs_what_its_block_does() -> None:
+    lookup = Lookup(replace(table(FULL), block_width=16))
+    widths = np.arange(8, 33)
+    found = lookup.latency_us(STRIDED, np.full(25, 8), widths)
+    for width, cost in zip(widths.tolist(), found.tolist(), strict=True):
+        whole = width if width in (8, 32) else 16 * -(-width // 16)  # 8 and 32 were measured
+        assert cost == pytest.approx(product(8, whole)), width
+    # 24 is the widest that was measured, and no whole block
+    ins = lookup.latency_us(STRIDED, [17, 20, 24], [8, 8, 8])
+    assert ins == pytest.approx([product(24, 8)] * 3)
 
 
 def test_a_depthwise_layer_has_one_width() -> None:

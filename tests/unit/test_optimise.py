@@ -19,7 +19,6 @@ from greenprune.errors import PruningError
 from greenprune.models import build
 from greenprune.pruning import budget, surgery
 from greenprune.pruning.blocks import Block, removable_blocks
-from greenprune.pruning.choices import Multiples
 from greenprune.pruning.cost import Cost, count
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit, parse_all
@@ -459,28 +458,6 @@ def test_a_block_that_the_analysis_does_not_account_for_stays() -> None:
 
     with pytest.raises(PruningError, match="no block may go"):
         choose(analysis, in_proportion(analysis), parse_all(["macs x0.1"]), blocks=strange)
-
-
-@given(seed=st.integers(0, 20))
-@settings(max_examples=5, deadline=None)
-def test_wide_groups_come_in_blocks_and_narrow_ones_in_finer_steps(seed: int) -> None:
-    convolutions = [nn.Conv2d(3, 128, 3), nn.ReLU(), nn.Conv2d(128, 24, 3), nn.ReLU()]
-    network = nn.Sequential(*convolutions, nn.Conv2d(24, 4, 1)).eval()
-    analysis = analyse(network, IMAGES)
-    scores = some_scores(analysis, seed)
-    for share in (0.3, 0.5, 0.7, 0.9):
-        found = choose(
-            analysis, scores, parse_all([f"macs x{share}"]), width_multiple=Multiples(16, 8)
-        )
-        widths = {
-            g.channels: g.channels - len(found.removed.get(g.name, ())) for g in analysis.groups
-        }
-        assert set(widths) == {128, 24}
-        assert widths[128] % 16 == 0
-        assert widths[24] in (8, 16, 24)
-    message = "multiples of 8 and 16"
-    with pytest.raises(PruningError, match=message):
-        choose(analysis, scores, parse_all(["macs x0.001"]), width_multiple=Multiples(16, 8))
 
 
 def test_dead_channels_go_though_nothing_asks_for_it_but_not_where_that_costs_more() -> None:

@@ -223,10 +223,16 @@ def test_stages_that_are_not_finished_are_not_taken(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("meter", "taken"), [("rapl", "estimate"), ("auto", "estimate"), ("none", "none")]
+    ("meter", "gpu", "taken"),
+    [
+        ("rapl", False, "estimate"),
+        ("auto", False, "estimate"),
+        ("none", False, "none"),
+        ("auto", True, "none"),
+    ],
 )
 def test_beside_other_runs_no_counter_of_the_machine_is_read(
-    job: Job, monkeypatch: pytest.MonkeyPatch, meter: str, taken: str
+    job: Job, monkeypatch: pytest.MonkeyPatch, meter: str, gpu: bool, taken: str
 ) -> None:
     """It would count the joules of all of them for each."""
     opened: list[str] = []
@@ -236,10 +242,13 @@ def test_beside_other_runs_no_counter_of_the_machine_is_read(
         return meters.open_meter("none")
 
     monkeypatch.setattr(pipeline, "open_meter", open_meter)
+    monkeypatch.setattr(pipeline.processes, "uses_gpu", lambda: gpu)
     recipe = replace(RECIPE, bench=BenchSettings(meter=meter))
     execute(Job(recipe, job.folder, alone=False), chain([])[:1])
     execute(Job(recipe, job.folder / "alone"), chain([])[:1])
     assert opened == [taken, meter]
+    content = json.loads((job.place("first") / STAGE_FILE).read_text())
+    assert ("energy_gap" in content) == gpu
 
 
 def test_a_meter_that_fails_is_a_gap_and_costs_no_stage(

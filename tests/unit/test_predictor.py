@@ -39,7 +39,7 @@ def made_table(layers: tuple[PricedLayer, ...]) -> CostTable:
         threads=1,
         machine={},
         versions={},
-        block_width=BLOCK,
+        block_width=1,
         block_probe=(),
         costs=tuple(
             ShapeCosts(
@@ -137,7 +137,7 @@ def test_predictions_are_the_sum_of_the_layers_at_their_widths(
 
 def test_prices_add_up_to_the_prediction_with_its_correction() -> None:
     analysis, layers = analysed(mobile, (1, 3, 32, 32))
-    table = replace(made_table(layers), correction={"intercept_us": 250.0, "slope": 0.8})
+    table = replace(made_table(layers), correction={"layer_us": 20.0, "slope": 0.8})
     predictor = Predictor(layers, table)
     lost = lost_at_random(analysis, 4, seed=1)
     prices = predictor.prices()
@@ -151,9 +151,18 @@ def test_prices_add_up_to_the_prediction_with_its_correction() -> None:
             outs = left(term.out_width, term.out_groups, lost) + np.zeros(4, dtype=np.int64)
             total += term.cost(ins, outs)
         assert total == pytest.approx(predicted, rel=1e-12)
-    assert prices["latency_ms"].constant == pytest.approx(0.25)
-    assert prices["energy_mj"].constant == 0
-    assert predictor.latency_ms(lost) == pytest.approx(0.25 + 0.8 * predictor.summed_ms(lost))
+    whole = 0.02 * len(layers)
+    assert predictor.latency_ms(lost) == pytest.approx(whole + 0.8 * predictor.summed_ms(lost))
+
+
+def test_a_layer_that_is_gone_takes_its_part_of_the_intercept_along() -> None:
+    _, layers = analysed(mobile, (1, 3, 32, 32))
+    plain = Predictor(layers, made_table(layers))
+    table = replace(made_table(layers), correction={"layer_us": 20.0, "slope": 1.0})
+    term = next(each for each in Predictor(layers, table).prices()["latency_ms"].terms)
+    same = next(each for each in plain.prices()["latency_ms"].terms)
+    ins, outs = np.array([term.in_width, 0]), np.array([term.out_width, 0])
+    assert term.cost(ins, outs) - same.cost(ins, outs) == pytest.approx([0.02, 0.0])
 
 
 def test_without_a_meter_there_is_no_price_in_joules() -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from greenprune.harness.cost_plan import read_plan
 from greenprune.harness.cost_table import LayerShape
 from greenprune.pruning import probe_graphs
-from greenprune.pruning.choices import Multiples
 from greenprune.pruning.layer_shapes import PricedLayer
 from greenprune.pruning.probe_graphs import POINTS, chain, grids, input_shape, write_folder
 from greenprune.registry import load_target
@@ -159,12 +158,13 @@ def test_many_shapes_get_coarser_grids() -> None:
     assert few <= POINTS
 
 
-def test_narrow_sides_are_measured_more_finely_than_blocks() -> None:
-    multiples = Multiples(16, 8)
-    (narrow,) = grids([layer(shape(), 64, 64)], multiples)
+def test_finer_widths_come_between_where_there_are_few_blocks() -> None:
+    (narrow,) = grids([layer(shape(), 64, 64)], 16, 8)
     assert {width for pair in narrow.chains for width in pair} == set(range(8, 65, 8))
-    (wide,) = grids([layer(shape(), 128, 128)], multiples)
-    assert {width % 16 for pair in wide.chains for width in pair} == {0}
+    (wide,) = grids([layer(shape(), 256, 256)], 16, 8)
+    widths = {width for pair in wide.chains for width in pair}
+    assert len(widths) == 8
+    assert {width % 16 for width in widths} == {0}
 
 
 def test_the_block_is_looked_for_in_the_middle_of_the_network() -> None:

@@ -299,13 +299,27 @@ def test_point_of_another_cost_table_is_not_finished(tmp_path: Path) -> None:
 
     carried = tmp_path / "table.json"
     recipe = finished_point(tmp_path)
-    recipe = replace(recipe, prune=replace(recipe.prune, cost_table=str(carried)))
+    aggressive = replace(recipe.prune.aggressive, budget=("latency x0.5",))
+    pruned = replace(recipe.prune, aggressive=aggressive, cost_table=str(carried))
+    recipe = replace(recipe, prune=pruned)
     pipeline.write_run(pipeline.Job(recipe, tmp_path / "point"))
     for place in (carried, tmp_path / "point" / "price" / "table.json"):
         write(place, 5.0)
     assert sweep_worker.is_finished(recipe, tmp_path / "point")
     write(carried, 6.0)
     assert not sweep_worker.is_finished(recipe, tmp_path / "point")
+    carried.unlink()  # it says nothing of what was made from it
+    assert sweep_worker.is_finished(recipe, tmp_path / "point")
+
+
+def test_point_that_needs_no_cost_table_is_finished_without_one(tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text("{}")
+    recipe = finished_point(tmp_path)
+    aggressive = replace(recipe.prune.aggressive, budget=("macs x0.5",))
+    carried = str(tmp_path / "table.json")
+    recipe = replace(recipe, prune=replace(recipe.prune, aggressive=aggressive, cost_table=carried))
+    pipeline.write_run(pipeline.Job(recipe, tmp_path / "point"))
+    assert sweep_worker.is_finished(recipe, tmp_path / "point")
 
 
 def test_damaged_record_is_not_finished(tmp_path: Path) -> None:

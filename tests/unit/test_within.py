@@ -176,6 +176,27 @@ def test_both_of_the_devices_quantities_are_held_as_measured(
         assert found.measured[quantity].value == told[quantity][1] <= share * told[quantity][0]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_does_not_hold_it_up(network: nn.Module, analysis: Analysis, seed: int) -> None:
+    """Two choices may come out the wrong way round; then it goes on below both."""
+    random = np.random.default_rng(seed)
+    seen: list[float] = []
+
+    def law(milliseconds: float) -> float:
+        return milliseconds * float(random.uniform(0.9, 1.1))
+
+    found = cut(network, analysis, "latency x0.5", measure=measuring(law, seen))
+    assert found.over <= 1
+    assert len(seen) <= within.TRIES
+
+
+def test_the_wrong_way_round_is_noise() -> None:
+    """What was predicted to cost less was measured to cost more: the next aim is below both."""
+    seen = [(1.11, 0.98), (0.907, 1.004)]
+    assert within._aim(seen) < 0.907
+    assert within._aim([*seen, seen[-1]]) < 0.907
+
+
 def test_what_no_choice_meets_is_refused_with_what_was_measured(
     network: nn.Module, analysis: Analysis
 ) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
+import numpy as np
+from torch import nn
 
 from greenprune import storage
 from greenprune.cores import session_threads
@@ -16,19 +18,16 @@ from greenprune.errors import GreenpruneError, MeasurementError, StorageError, T
 from greenprune.harness import cost_plan, cost_probe, cost_table
 from greenprune.harness.cost_table import CostTable
 from greenprune.progress import say
-from greenprune.pruning import probe_graphs
-from greenprune.pruning.choices import Multiples
+from greenprune.pruning import probe_graphs, surgery
+from greenprune.pruning.graph import Analysis
 from greenprune.pruning.layer_shapes import PricedLayer
-from greenprune.pruning.predictor import Predictor
+from greenprune.pruning.predictor import Predictor, learn
 from greenprune.pruning.probe_graphs import Grid
 from greenprune.registry import Target, device_kind, load_target
 from greenprune.schema import encode
 
-
-def multiples(block: int, usual: int) -> Multiples:
-    """What widths are multiples of on a device: of the block that was found, and where groups are
-    narrow of the target's ``width_multiple`` if that is less."""
-    return Multiples(block, min(block, usual))
+TAUGHT_SHARES = (1.0, 0.7, 0.45)
+"""Of the dense network's widths, of networks that teach what the sum over layers does not know."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,10 @@ def table_for(
     """The cost table of a network's layers on this machine.
 
     The width that the device's kernels are blocked for is found first, and the grid has its
-    multiples. Taken from the cache where it has one of this device, runtime and its version,
-    precision and threads that was measured at all of the layers' grid; else measured, and kept
-    there. A measurement that was interrupted goes on where it was.
+    multiples, with finer ones where groups are narrow. Taken from the cache where it has one of
+    this device, runtime and its version, precision and threads that was measured at all of the
+    layers' grid; else measured, and kept there. A measurement that was interrupted goes on where it
+    was.
 
     Args:
         layers: see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
@@ -66,7 +66,7 @@ def table_for(
         runtime: by :func:`greenprune.registry.runtime_name`.
         threads: of a session; 0 means one for each core.
         network: what people call the network.
-        grid_block: widths are measured at multiples of it; None: see :func:`multiples`.
+        grid_block: widths are measured at multiples of it; None: of the block that was found.
         joules: a table in the cache that has none will not do.
         cache: None: ``$XDG_CACHE_HOME/greenprune/cost-tables``, else under ``~/.cache``.
 
@@ -85,23 +85,103 @@ def table_for(
     threads = session_threads(threads)
     folder = (cache or storage.user_cache("cost-tables")) / _key(device, runtime, threads)
     setting = _Setting(folder, device, runtime, threads, network)
-    with _locked(folder):
-        probed = _probed(setting, layers)
-        usual = device.capabilities.width_multiple
-        block = probed.block_width if probed else usual
-        wanted = probe_graphs.grids(layers, grid_block or multiples(block, usual))
-        table = _cached(setting, wanted)
-        if table is None or (joules and "energy_mj" not in Predictor(layers, table).prices()):
-            table = _measured(setting, wanted, None)
-        Predictor(layers, table)  # has it all
+    found = _kept(setting, layers, grid_block, joules)
+    if found is None:
+        with _locked(folder):
+            found = _kept(setting, layers, grid_block, joules)  # another run may have measured it
+            found = found or _made(setting, layers, grid_block)
+    probed, table = found
+    Predictor(layers, table)  # has it all
     if probed is None:
         return table
     return replace(
         table,
-        block_width=block,
+        block_width=probed.block_width,
         block_probe=probed.block_probe,
         seconds=probed.seconds + table.seconds,
     )
+
+
+_Found = tuple[CostTable | None, CostTable]
+"""The block width's table, where there is one, and the grid's."""
+
+
+def _kept(
+    setting: _Setting, layers: Sequence[PricedLayer], grid_block: int | None, joules: bool
+) -> _Found | None:
+    """What the cache has, if it has all."""
+    block = probe_graphs.block_grid(layers)
+    probed = _opened(setting, _path(setting, (), block)) if block else None
+    if block and probed is None:
+        return None
+    table = _cached(setting, _wanted(setting, layers, grid_block, probed))
+    if table is None or (joules and "energy_mj" not in Predictor(layers, table).prices()):
+        return None
+    return probed, table
+
+
+def _made(setting: _Setting, layers: Sequence[PricedLayer], grid_block: int | None) -> _Found:
+    block = probe_graphs.block_grid(layers)
+    probed = None
+    if block:
+        probed = _opened(setting, _path(setting, (), block)) or _measured(setting, (), block)
+    return probed, _measured(setting, _wanted(setting, layers, grid_block, probed), None)
+
+
+def _wanted(
+    setting: _Setting,
+    layers: Sequence[PricedLayer],
+    grid_block: int | None,
+    probed: CostTable | None,
+) -> tuple[Grid, ...]:
+    usual = setting.device.capabilities.width_multiple
+    block = grid_block or (probed.block_width if probed else usual)
+    return probe_graphs.grids(layers, block, min(block, usual))
+
+
+def taught(
+    table: CostTable,
+    network: nn.Module,
+    analysis: Analysis,
+    layers: Sequence[PricedLayer],
+    *,
+    width_multiple: int,
+    keep_at_least: float,
+    measure: Callable[[Mapping[str, nn.Module]], Mapping[str, float]],
+) -> CostTable:
+    """The table with what whole networks teach: the dense one, and it evenly cut to some widths,
+    down to the narrowest that a budget can lead to.
+
+    Args:
+        table: of the network.
+        network: the dense one, in eval mode.
+        analysis: of it.
+        layers: of it; see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
+        width_multiple: widths are multiples of it.
+        keep_at_least: share of its channels that each group keeps.
+        measure: milliseconds of several networks, measured side by side on the table's runtime.
+    """
+    whole = np.array([group.channels for group in analysis.groups])
+    shares = np.array([*TAUGHT_SHARES, keep_at_least])
+    widths = width_multiple * np.ceil(shares[:, None] * whole / width_multiple).astype(np.int64)
+    lost = np.unique(whole - np.minimum(widths, whole), axis=0)  # [networks, groups]
+    if len(lost) == 1:
+        return table  # nothing can be narrower
+    networks = {
+        f"network {place}": surgery.compact(
+            network,
+            analysis,
+            {group.name: range(n) for group, n in zip(analysis.groups, row, strict=True) if n},
+        )
+        for place, row in enumerate(lost.tolist())
+    }
+    measured_ms = measure(networks)
+    counts = {group.name: n for group, n in zip(analysis.groups, lost.T, strict=True)}
+    found = learn(
+        Predictor(layers, table).summed_ms(counts), [measured_ms[name] for name in networks]
+    )
+    correction = {"layer_us": found["intercept_us"] / len(layers), "slope": found["slope"]}
+    return replace(table, correction=correction)
 
 
 @contextmanager
@@ -110,7 +190,11 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            say(f"{folder}: another run measures there; waiting for it to end")
+            lock.acquire()
     except OSError as error:
         raise StorageError(
             f"{folder}: cannot keep cost tables there: {error.strerror or error}; set "
@@ -120,14 +204,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _probed(setting: _Setting, layers: Sequence[PricedLayer]) -> CostTable | None:
-    """A table without costs, of the block width alone."""
-    block = probe_graphs.block_grid(layers)
-    if block is None:
-        return None
-    return _opened(setting, _path(setting, (), block)) or _measured(setting, (), block)
 
 
 def _path(setting: _Setting, planned: Sequence[Grid], block: Grid | None) -> Path:

@@ -274,7 +274,10 @@ def _measured(job: Job, content: dict[str, Any], function: Callable[[], dict[str
     window = Window()
     name = job.recipe.bench.meter
     if not job.alone and name != "none":
-        name = "estimate"  # of this process' own CPU time
+        # of this process' own CPU time; nothing tells whose a GPU's joules are
+        name = "none" if processes.uses_gpu() else "estimate"
+        if name == "none":
+            content["energy_gap"] = "other runs shared this machine and its GPU"
     try:
         with open_meter(name) as meter, meter.measure() as window:
             content["results"] = function()

@@ -52,6 +52,13 @@ def launch(precision: str = "fp32") -> Fabric:
     return fabric
 
 
+def uses_gpu() -> bool:
+    """Whether what :func:`launch` joins trains on a GPU."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
 def agree(answer: bool | None = None) -> bool:
     """The first process's answer, on all of them; waits until the first has come here."""
     if count() == 1:

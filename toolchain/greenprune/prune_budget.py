@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from greenprune import compilation, cost_tables, models, processes, whole_networks
 from greenprune import stage_parts as parts
 from greenprune.errors import MeasurementError, NotAvailableError, PruningError, StorageError
-from greenprune.harness import cost_plan, cost_table
+from greenprune.harness import cost_plan, cost_table, protocol
 from greenprune.harness.cost_table import CostTable
 from greenprune.harness.race import Race
-from greenprune.pipeline import Job, Work
+from greenprune.pipeline import Job, Work, is_current
 from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
-from greenprune.pruning.choices import Multiples
 from greenprune.pruning.graph import Analysis
 from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
-from greenprune.pruning.predictor import Predictor, learn
+from greenprune.pruning.predictor import Predictor
 from greenprune.recipe import Recipe
 from greenprune.registry import load_target, split_runtime
 
 STAGE = "price"
 TABLE = "table.json"
 RACED_IMAGES = 16
-TAUGHT_SHARES = (1.0, 0.7, 0.45)
-"""Of the dense network's widths, of networks that teach what the sum over layers does not know."""
-FINE = 8
+FINE = 4
 """Kernels are seldom blocked for fewer channels."""
 
 
@@ -39,8 +35,8 @@ def is_asked(recipe: Recipe) -> bool:
     return any(limit.quantity in within.MEASURED for limit in _limits(recipe))
 
 
-def _in_joules(recipe: Recipe) -> bool:
-    return any(limit.quantity == "energy_mj" for limit in _limits(recipe))
+def _in_joules(asked: Iterable[limits.Limit]) -> bool:
+    return any(limit.quantity == "energy_mj" for limit in asked)
 
 
 def _limits(recipe: Recipe) -> list[limits.Limit]:
@@ -48,7 +44,7 @@ def _limits(recipe: Recipe) -> list[limits.Limit]:
     return [limit for own in variants for limit in limits.parse_all(own.budget)]
 
 
-def preflight(job: Job) -> Multiples:
+def preflight(job: Job) -> int:
     """What can be said of the budgets before anything is trained.
 
     Returns:
@@ -56,19 +52,34 @@ def preflight(job: Job) -> Multiples:
         still to be found, one that reaches what it will.
 
     Raises:
-        PruningError: the device is not here, and there is no table of it.
+        PruningError: the device is not here, and there is no table of it; it is here, joules are
+            limited, and no meter measures them.
         MeasurementError: the table is of another target or runtime, or damaged.
         NotAvailableError: steps under torchrun.
     """
-    settings = job.recipe.prune
-    if settings.steps > 1 and _limits(job.recipe) and processes.count() > 1:
+    settings, asked = job.recipe.prune, _limits(job.recipe)
+    if settings.steps > 1 and asked and processes.count() > 1:
         raise NotAvailableError("prune.steps above 1 under torchrun; use one process")
     if not is_asked(job.recipe):
-        return Multiples(width_multiple(job))
+        return width_multiple(job)
+    if _in_joules(asked) and load_target(job.recipe.compile.target).is_here():
+        _check_meter()
     if settings.cost_table is not None:
-        return _multiples(job, _carried(job, Path(settings.cost_table), ()).block_width)
+        return _multiple(job, _carried(job, Path(settings.cost_table), ()).block_width)
     _check_here(job)
-    return Multiples(settings.width_multiple or min(width_multiple(job), FINE))
+    if is_current(job.folder, STAGE):
+        return found_multiple(job)
+    return _multiple(job, FINE)
+
+
+def _check_meter() -> None:
+    with protocol.one_at_a_time():
+        name, _ = protocol.real_meter("auto")
+    if name == "none":
+        raise PruningError(
+            "budgets in energy need a meter that measures on this machine, and there are no joules "
+            "without one (`greenprune doctor` says why); ask for latency instead"
+        )
 
 
 def _carried(job: Job, path: Path, layers: Sequence[PricedLayer]) -> CostTable:
@@ -101,7 +112,8 @@ def price(work: Work) -> dict[str, Any]:
     layers = shapes_of(network, example, analysis)
     target = job.recipe.compile.target
     if job.recipe.prune.cost_table is not None:
-        table = _carried(job, Path(job.recipe.prune.cost_table), layers)
+        carried = _carried(job, Path(job.recipe.prune.cost_table), layers)
+        table = replace(carried, correction={})  # what other networks taught
         told = "carried back"
     else:
         table = cost_tables.table_for(
@@ -111,10 +123,11 @@ def price(work: Work) -> dict[str, Any]:
             threads=job.recipe.threads,
             network=job.recipe.name,
             grid_block=job.recipe.prune.width_multiple,
-            joules=_in_joules(job.recipe),
+            joules=_in_joules(_limits(job.recipe)),
         )
-        table = _taught(job, network, analysis, layers, table)
         told = f"{table.seconds:.0f} s of measuring"
+    if load_target(target).is_here():
+        table = _taught(job, network, analysis, layers, table)
     cost_table.write(table, work.folder / TABLE)
     prices = Predictor(layers, table).prices()
     for limit in _limits(job.recipe):
@@ -124,7 +137,7 @@ def price(work: Work) -> dict[str, Any]:
                 "was made (`greenprune doctor` says why); ask for latency instead"
             )
     for variant in parts.PRUNED:
-        terms = terms_of(job, variant, _multiples(job, table.block_width))
+        terms = terms_of(job, variant, _multiple(job, table.block_width))
         within.check_reachable(terms, network, analysis, example, prices)
     return {
         "runtime": table.runtime,
@@ -143,30 +156,21 @@ def _taught(
     layers: Sequence[PricedLayer],
     table: CostTable,
 ) -> CostTable:
-    """The table with what whole networks teach: the dense one, and it evenly cut to some widths,
-    down to the narrowest that a budget can lead to."""
-    multiples = _multiples(job, table.block_width)
-    whole = np.array([group.channels for group in analysis.groups])
-    shares = np.array([*TAUGHT_SHARES, job.recipe.prune.keep_at_least])
-    multiple = np.array([multiples.of(channels) for channels in whole.tolist()])
-    widths = multiple * np.ceil(shares[:, None] * whole / multiple).astype(np.int64)
-    lost = np.unique(whole - np.minimum(widths, whole), axis=0)  # [networks, groups]
-    if len(lost) == 1:
-        return table  # nothing can be narrower
-    networks = {
-        f"network {place}": surgery.compact(
-            network,
-            analysis,
-            {group.name: range(n) for group, n in zip(analysis.groups, row, strict=True) if n},
-        )
-        for place, row in enumerate(lost.tolist())
-    }
-    (racer,) = _race(job, networks, [table.runtime]).racers
-    summed_ms = Predictor(layers, table).summed_ms(
-        {group.name: counts for group, counts in zip(analysis.groups, lost.T, strict=True)}
+    """See :func:`greenprune.cost_tables.taught`."""
+
+    def measure(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        (racer,) = _race(job, networks, [table.runtime]).racers
+        return {name: found.value for name, found in racer.latency_ms.items()}
+
+    return cost_tables.taught(
+        table,
+        network,
+        analysis,
+        layers,
+        width_multiple=_multiple(job, table.block_width),
+        keep_at_least=job.recipe.prune.keep_at_least,
+        measure=measure,
     )
-    measured_ms = [racer.latency_ms[name].value for name in networks]
-    return replace(table, correction=learn(summed_ms, measured_ms))
 
 
 def write_graphs(job: Job, output: Path, runtime: str | None) -> Path:
@@ -234,12 +238,12 @@ def _race(
     )
 
 
-def terms_of(job: Job, variant: str, multiples: Multiples) -> within.Terms:
-    """What a variant may cost in the end, in such widths."""
+def terms_of(job: Job, variant: str, multiple: int) -> within.Terms:
+    """What a variant may cost in the end, in widths that are multiples of one."""
     settings = job.recipe.prune
     return within.Terms(
         limits=limits.parse_all(getattr(settings, variant).budget),
-        width_multiple=multiples,
+        width_multiple=multiple,
         keep_at_least=settings.keep_at_least,
         blocks=settings.blocks,
     )
@@ -251,16 +255,15 @@ def width_multiple(job: Job) -> int:
     return job.recipe.prune.width_multiple or target.capabilities.width_multiple
 
 
-def found_multiples(job: Job) -> Multiples:
-    """Likewise; where a table was measured, what its probe found."""
+def found_multiple(job: Job) -> int:
+    """Likewise; where a table was measured, of the block that its probe found if that is less."""
     if not is_asked(job.recipe):
-        return Multiples(width_multiple(job))
-    return _multiples(job, int(job.results(STAGE)["block_width"]))
+        return width_multiple(job)
+    return _multiple(job, int(job.results(STAGE)["block_width"]))
 
 
-def _multiples(job: Job, block: int) -> Multiples:
-    asked = job.recipe.prune.width_multiple
-    return Multiples(asked) if asked else cost_tables.multiples(block, width_multiple(job))
+def _multiple(job: Job, block: int) -> int:
+    return job.recipe.prune.width_multiple or min(block, width_multiple(job))
 
 
 def price_of(job: Job) -> within.Price:
@@ -287,13 +290,13 @@ def price_of(job: Job) -> within.Price:
     return of
 
 
-def measure_of(job: Job) -> within.Measure | None:
+def measure_of(job: Job, variant: str) -> within.Measure | None:
     """How two networks are measured side by side; None where the device is not here."""
     if not is_asked(job.recipe) or not load_target(job.recipe.compile.target).is_here():
         return None
     runtime = str(job.results(STAGE)["runtime"])
 
-    joules = _in_joules(job.recipe)
+    joules = _in_joules(limits.parse_all(getattr(job.recipe.prune, variant).budget))
 
     def measure(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
         networks = {"dense": dense, "pruned": pruned}

@@ -129,8 +129,8 @@ def _within_budget(
         The channels that the first step took, and the results.
     """
     job, settings = work.job, work.job.recipe.prune
-    terms = prune_budget.terms_of(job, variant, prune_budget.found_multiples(job))
-    price, measured = prune_budget.price_of(job), prune_budget.measure_of(job)
+    terms = prune_budget.terms_of(job, variant, prune_budget.found_multiple(job))
+    price, measured = prune_budget.price_of(job), prune_budget.measure_of(job, variant)
     subject, told, gone = first, [], None
     if settings.blocks and settings.steps > 1:
         subject = _without_blocks(job, first, terms, price)
@@ -330,12 +330,12 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
         for variant in parts.PRUNED:
             gates.build(network, example, _gate_settings(job, variant))
         return
-    multiples = prune_budget.preflight(job)
+    multiple = prune_budget.preflight(job)
     analysis = surgery.analyse_and_try(network, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:
         if getattr(job.recipe.prune, variant).budget:
-            terms = prune_budget.terms_of(job, variant, multiples)
+            terms = prune_budget.terms_of(job, variant, multiple)
             within.check_reachable(terms, network, analysis, example, {})
         else:
             _choose(job, analysis, level, variant)

@@ -37,7 +37,10 @@ def host_stages(recipe: Recipe) -> list[Stage]:
     priced = prune_budget.is_asked(recipe)
     return [
         Stage("train", train, depends=_train_depends, trains=True),
-        *([Stage(prune_budget.STAGE, prune_budget.price, ("train",), _price_depends)] * priced),
+        *(
+            [Stage(prune_budget.STAGE, prune_budget.price, ("train",), _price_depends, version=2)]
+            * priced
+        ),
         Stage(
             "sparsify",
             sparsify,
@@ -50,7 +53,7 @@ def host_stages(recipe: Recipe) -> list[Stage]:
             prune_stage.prune,
             needs=("sparsify", prune_budget.STAGE) if priced else ("sparsify",),
             depends=lambda job: [_of(job, "prune"), prune_budget.width_multiple(job)],
-            version=2,
+            version=3,
         ),
         *(
             Stage(

@@ -147,7 +147,7 @@ def _submit(begin: Any, whole: float, recipe: Recipe, place: Path) -> Any:
     before = None
     if prune_budget.is_asked(recipe):
         before = begin(whole, sweep_worker.advance, before, *own, "prune", False)
-    before = begin(1, sweep_worker.advance, before, *own, LAST_UNMEASURED, True)
+    before = begin(1, sweep_worker.advance, before, *own, LAST_UNMEASURED, whole > 1)
     return begin(whole, sweep_worker.finish, before, *own)
 
 

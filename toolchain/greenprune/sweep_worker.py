@@ -128,7 +128,7 @@ def is_finished(recipe: Recipe, folder: Path) -> bool:
         if recipes.read_back(folder / pipeline.RUN_FILE) != recipe:
             return False
         carried = recipe.prune.cost_table
-        if carried is not None:
+        if carried is not None and prune_budget.is_asked(recipe) and Path(carried).is_file():
             priced = cost_table.read(folder / prune_budget.STAGE / prune_budget.TABLE)
             if cost_table.read(Path(carried)).costs != priced.costs:
                 return False

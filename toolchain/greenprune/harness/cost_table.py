@@ -112,8 +112,8 @@ class CostTable:
     provenance: str = "measured"
     seconds: float = 0.0
     correction: dict[str, float] = field(default_factory=dict)
-    """What whole networks taught: ``intercept_us`` and ``slope`` of measured over summed latency;
-    empty: none was learned."""
+    """What whole networks taught: a network takes ``slope`` times the sum of its layers' latencies,
+    and ``layer_us`` for each of them; empty: none did."""
 
 
 def find_block(points: Sequence[CostPoint]) -> int:
@@ -278,14 +278,16 @@ class _Grid:
 class Lookup:
     """A table's costs at any widths; build it once for many questions.
 
-    Between measured widths it interpolates, in both directions linearly (which is exact for what
-    grows with the product of the widths). Below the smallest measured width it answers that
+    A width that was not measured costs what the device's block that it ends in does. Between
+    measured widths it interpolates, in both directions linearly (which is exact for what grows with
+    the product of the widths). Below the smallest measured width it answers that
     width's cost, too much rather than too little; at width 0 there is no layer and no cost; above
     the largest it refuses. A point that lacks in a grid is interpolated from its row and column, or
     costs what the next wider layer does.
     """
 
     def __init__(self, table: CostTable) -> None:
+        self._block = table.block_width
         self._latency = {c.shape: _grid(c, "latency_us") for c in table.costs}
         self._energy = {c.shape: _grid(c, "energy_uj") for c in table.costs}
 
@@ -334,7 +336,7 @@ class Lookup:
                 f"{shape}: expected as many channels out as in, it is depthwise; found "
                 f"{columns.ravel().tolist()} and {rows.ravel().tolist()}"
             )
-        costs = _interpolate(grid, columns, rows, shape, what)
+        costs = _interpolate(grid, self._block, columns, rows, shape, what)
         return np.where((columns == 0) | (rows == 0), 0.0, costs)
 
 
@@ -392,7 +394,9 @@ def _between(widths: Array, values: Array) -> Array:
     return np.interp(widths, widths[known], values[known], left=math.nan, right=math.nan)
 
 
-def _interpolate(grid: _Grid, columns: Array, rows: Array, shape: LayerShape, what: str) -> Array:
+def _interpolate(
+    grid: _Grid, block: int, columns: Array, rows: Array, shape: LayerShape, what: str
+) -> Array:
     depthwise = shape.groups == 0
     total = np.zeros(columns.shape)
     ends = []
@@ -403,7 +407,7 @@ def _interpolate(grid: _Grid, columns: Array, rows: Array, shape: LayerShape, wh
                 f"{shape}: expected widths of 0 to {axis[-1]:.0f}, the largest that was measured; "
                 f"found {np.max(wanted):.0f}; {REMEDY}"
             )
-        clamped = np.maximum(wanted, axis[0])
+        clamped = np.maximum(_whole_blocks(wanted, axis, block), axis[0])
         lower = np.clip(np.searchsorted(axis, clamped, side="right") - 1, 0, max(len(axis) - 2, 0))
         upper = np.minimum(lower + 1, len(axis) - 1)
         span = np.where(upper > lower, axis[upper] - axis[lower], 1.0)
@@ -421,3 +425,9 @@ def _interpolate(grid: _Grid, columns: Array, rows: Array, shape: LayerShape, wh
             f"points on all sides of these widths; {REMEDY}"
         )
     return total
+
+
+def _whole_blocks(widths: Array, measured: Array, block: int) -> Array:
+    """The next whole block, or the widest width, of those that were not measured themselves."""
+    whole = np.minimum(np.ceil(widths / block) * block, measured[-1])
+    return np.where(np.isin(widths, measured), widths, whole)

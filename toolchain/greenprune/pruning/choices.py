@@ -14,28 +14,6 @@ from greenprune.pruning.graph import Analysis, Group
 from greenprune.pruning.pricing import Floats, Ints, Prices, Term, price
 from greenprune.pruning.scores import Scores
 
-MOST_WIDTHS = 8
-"""Of a side of a cost table's grid."""
-
-
-@dataclass(frozen=True)
-class Multiples:
-    """What widths are multiples of.
-
-    A width between two blocks costs as much as the next one, which interpolated prices do not know.
-    Of a narrow side every width can be measured for itself: then it need not be a whole block to
-    be worth its price.
-    """
-
-    block: int
-    narrow: int | None = None
-    """Of groups that have no more than :data:`MOST_WIDTHS` multiples of it; None: as others."""
-
-    def of(self, channels: int) -> int:
-        """Of a group, or a side of a grid, that is so wide before pruning."""
-        narrow = self.narrow or self.block
-        return narrow if channels <= MOST_WIDTHS * narrow else self.block
-
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
@@ -54,7 +32,7 @@ class Space:
         analysis: Analysis,
         scores: Scores,
         prices: Mapping[str, Prices],
-        multiples: Multiples,
+        multiple: int,
         keep_at_least: float,
         whole_widths: Mapping[str, int],
         blocks: Mapping[str, Block],
@@ -62,12 +40,11 @@ class Space:
     ) -> None:
         self.groups = analysis.groups
         self.prices = prices
-        self.keep_at_least = keep_at_least
-        self.multiples = [multiples.of(group.channels) for group in self.groups]
+        self.multiple, self.keep_at_least = multiple, keep_at_least
         self.places = {group.name: place for place, group in enumerate(self.groups)}
         self.candidates = [
-            self._widths(group.channels, whole_widths.get(group.name, group.channels), multiple)
-            for group, multiple in zip(self.groups, self.multiples, strict=True)
+            self._widths(group.channels, whole_widths.get(group.name, group.channels))
+            for group in self.groups
         ]
         self.order = [np.argsort(scores[group.name], kind="stable") for group in self.groups]
         self.lost = [
@@ -92,10 +69,10 @@ class Space:
             gone=np.zeros((1, len(self.inner)), dtype=bool),
         )
 
-    def _widths(self, channels: int, whole: int, multiple: int) -> Ints:
+    def _widths(self, channels: int, whole: int) -> Ints:
         floor = max(1, int(np.ceil(self.keep_at_least * whole)))
-        least = -(-floor // multiple) * multiple
-        return np.array([*range(least, channels, multiple), channels], dtype=np.int64)
+        least = -(-floor // self.multiple) * self.multiple
+        return np.array([*range(least, channels, self.multiple), channels], dtype=np.int64)
 
     @cached_property
     def _terms(self) -> list[Term]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from greenprune.errors import PruningError
 from greenprune.pruning.blocks import Block
 from greenprune.pruning.budget import Removed
-from greenprune.pruning.choices import Multiples, Points, Space
+from greenprune.pruning.choices import Points, Space
 from greenprune.pruning.graph import Analysis
 from greenprune.pruning.limits import Limit, allowed
 from greenprune.pruning.pricing import CostFunction, Floats, Ints, Prices, Term, exact_prices
@@ -56,7 +56,7 @@ def choose(
     limits: Sequence[Limit],
     *,
     prices: Mapping[str, Prices] | None = None,
-    width_multiple: int | Multiples = 8,
+    width_multiple: int = 8,
     keep_at_least: float = 0.2,
     whole_widths: Mapping[str, int] | None = None,
     blocks: Mapping[str, Block] | None = None,
@@ -102,9 +102,7 @@ def choose(
         analysis=analysis,
         scores=scores,
         prices=priced,
-        multiples=(
-            Multiples(width_multiple) if isinstance(width_multiple, int) else width_multiple
-        ),
+        multiple=width_multiple,
         keep_at_least=keep_at_least,
         whole_widths=whole_widths or {},
         blocks=blocks or {},
@@ -179,8 +177,8 @@ def _program(space: Space, limits: Mapping[str, float]) -> tuple[Program, int]:
     step = 1
     while True:
         candidates = [
-            np.unique([widths[0], *widths[widths % (step * multiple) == 0], widths[-1]])
-            for widths, multiple in zip(space.candidates, space.multiples, strict=True)
+            np.unique([widths[0], *widths[widths % (step * space.multiple) == 0], widths[-1]])
+            for widths in space.candidates
         ]
         try:
             size = MOST_VARIABLES if step == 1 else MOST_VARIABLES // 4  # there is more to do
@@ -284,11 +282,10 @@ def _unreachable(
             f"({least / dense[limit.quantity]:.1%} of the dense), '{limit}' allows "
             f"{most[limit.quantity]:.7g}"
         )
-    multiples = " and ".join(str(each) for each in sorted(set(space.multiples)))
     gone = f"any of {len(space.inner)} blocks may go" if space.inner else "no block may go"
     return PruningError(
-        f"no choice within the budget was found: where widths are multiples of {multiples}, at "
-        f"least {space.keep_at_least:.0%} of every group is kept and {gone}, "
+        f"no choice within the budget was found: where widths are multiples of {space.multiple}, "
+        f"at least {space.keep_at_least:.0%} of every group is kept and {gone}, "
         f"{'; '.join(said)}{'; each can be met alone, not all at once' if alone else ''}. Raise "
         "the budget, lower prune.width_multiple or prune.keep_at_least"
         + ("" if space.inner else ", or allow blocks to go")

@@ -2,7 +2,8 @@
 
 A network's cost is the sum of its layers', looked up at their widths, and what the sum does not
 know: operations that are not in the table, dispatch, what fusing saves. That is learned from whole
-networks measured, as a *correction*: ``intercept + slope x sum``.
+networks measured, as a *correction*: ``slope x sum``, and an intercept that comes with the layers
+in equal parts, so that a removed block takes its part along (our reading).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Costs = NDArray[np.float64]
 Lost = Mapping[str, ArrayLike]
 """Channels that each group loses, int64 [choices] or one number; groups left out lose none."""
 _Find = Callable[[LayerShape, ArrayLike, ArrayLike], Costs]
+_Price = Callable[[PricedLayer, ArrayLike, ArrayLike], Costs]
 
 
 class Predictor:
@@ -67,12 +69,11 @@ class Predictor:
 
     def latency_ms(self, lost: Lost) -> Costs:
         """Predicted latency at batch 1, corrected, in milliseconds, float64 [choices]."""
-        intercept_ms, slope = self._correction
-        return intercept_ms + slope * self.summed_ms(lost)
+        return self._sum(self._corrected_us, lost)
 
     def summed_ms(self, lost: Lost) -> Costs:
         """The sum of the layers' latencies alone, which :func:`learn` corrects; as above."""
-        return self._sum(self._lookup.latency_us, lost)
+        return self._sum(self._latency_us, lost)
 
     def energy_mj(self, lost: Lost) -> Costs:
         """The sum of the layers' energies in millijoules, float64 [choices]; not corrected.
@@ -80,26 +81,31 @@ class Predictor:
         Raises:
             MeasurementError: the table was measured without a meter.
         """
-        return self._sum(self._lookup.energy_uj, lost)
+        return self._sum(self._energy_uj, lost)
 
     def prices(self) -> dict[str, Prices]:
-        """``latency_ms`` and, where the table was measured with a meter, ``energy_mj``: terms and a
-        constant that add up to :meth:`latency_ms` and :meth:`energy_mj`."""
-        intercept_ms, slope = self._correction
-        found = {"latency_ms": self._prices(self._lookup.latency_us, intercept_ms, slope)}
+        """``latency_ms`` and, where the table was measured with a meter, ``energy_mj``: terms that
+        add up to :meth:`latency_ms` and :meth:`energy_mj`."""
+        found = {"latency_ms": self._prices(self._corrected_us)}
         if any(point.energy_uj is not None for each in self.table.costs for point in each.points):
-            found["energy_mj"] = self._prices(self._lookup.energy_uj, 0.0, 1.0)
+            found["energy_mj"] = self._prices(self._energy_uj)
         return found
 
-    @property
-    def _correction(self) -> tuple[float, float]:
-        """Intercept in milliseconds, and slope."""
-        known = self.table.correction
-        return known.get("intercept_us", 0.0) / 1000, known.get("slope", 1.0)
+    def _latency_us(self, layer: PricedLayer, ins: ArrayLike, outs: ArrayLike) -> Costs:
+        return self._price(layer, self._lookup.latency_us, ins, outs)
 
-    def _prices(self, find: _Find, constant: float, slope: float) -> Prices:
+    def _energy_uj(self, layer: PricedLayer, ins: ArrayLike, outs: ArrayLike) -> Costs:
+        return self._price(layer, self._lookup.energy_uj, ins, outs)
+
+    def _corrected_us(self, layer: PricedLayer, ins: ArrayLike, outs: ArrayLike) -> Costs:
+        known = self.table.correction
+        there = (np.asarray(ins) > 0) & (np.asarray(outs) > 0)
+        own = known.get("slope", 1.0) * self._latency_us(layer, ins, outs)
+        return np.asarray(own + known.get("layer_us", 0.0) * there)
+
+    def _prices(self, price: _Price) -> Prices:
         def cost(layer: PricedLayer) -> CostFunction:
-            return lambda ins, outs: slope / 1000 * self._price(layer, find, ins, outs)
+            return lambda ins, outs: price(layer, ins, outs) / 1000
 
         terms = [
             Term(
@@ -112,14 +118,14 @@ class Predictor:
             )
             for layer in self.layers
         ]
-        return Prices(constant=constant, terms=terms)
+        return Prices(constant=0.0, terms=terms)
 
-    def _sum(self, find: _Find, lost: Lost) -> Costs:
+    def _sum(self, price: _Price, lost: Lost) -> Costs:
         total = np.zeros(np.broadcast_shapes((1,), *(np.shape(each) for each in lost.values())))
         for layer in self.layers:
             ins = layer.in_width - _taken(layer.in_groups, lost)
             outs = layer.out_width - _taken(layer.out_groups, lost)
-            total += self._price(layer, find, ins, outs)
+            total += price(layer, ins, outs)
         return total / 1000
 
     def _price(self, layer: PricedLayer, find: _Find, ins: ArrayLike, outs: ArrayLike) -> Costs:
@@ -155,7 +161,7 @@ def learn(summed_ms: ArrayLike, measured_ms: ArrayLike) -> dict[str, float]:
         measured_ms: what they took, [networks].
 
     Returns:
-        ``intercept_us`` and ``slope``, as :attr:`CostTable.correction` holds them.
+        ``intercept_us`` and ``slope``.
 
     Raises:
         MeasurementError: fewer than two networks, other lengths, or what is not above zero.

@@ -34,7 +34,6 @@ from greenprune.harness.cost_plan import (
 )
 from greenprune.harness.cost_table import LayerShape
 from greenprune.progress import Advance, progress
-from greenprune.pruning.choices import MOST_WIDTHS, Multiples
 from greenprune.pruning.layer_shapes import PricedLayer, macs
 from greenprune.registry import Build, Target, split_runtime
 from greenprune.schema import encode
@@ -51,10 +50,9 @@ HEAVY_REPEATS = (2, 4)
 POINTS = 200
 """A network's grids have at most so many points, as long as a side has ``LEAST_WIDTHS``: what can
 be measured in about ten minutes."""
-LEAST_WIDTHS = 3
-"""Of a side of a grid, at least; at most ``MOST_WIDTHS``. Cost is close to bilinear in the two
-widths, which interpolation follows exactly; where it is not, at small widths, a grid of even ratios
-has most of its points."""
+MOST_WIDTHS, LEAST_WIDTHS = 8, 3
+"""Of a side of a grid. Cost is close to bilinear in the two widths, which interpolation follows
+exactly; where it is not, at small widths, a grid of even ratios has most of its points."""
 NARROWEST = 1 / 8
 """Share of its own width from which on a layer is measured; narrower ones are taken to cost as
 much, which overestimates them."""
@@ -77,36 +75,37 @@ class Grid:
     fans: tuple[tuple[int, int], ...]
 
 
-def grids(layers: Iterable[PricedLayer], multiples: int | Multiples) -> tuple[Grid, ...]:
+def grids(layers: Iterable[PricedLayer], block: int, fine: int | None = None) -> tuple[Grid, ...]:
     """A grid of widths for each distinct shape of a network.
 
-    A side that can be pruned goes from :data:`NARROWEST` to the full width in ``multiples``, in
-    ratios as even as these allow, with as many widths as :data:`POINTS` allows; one that cannot be
-    pruned has its widths alone. Convolutions in groups are measured at their own width.
+    A side that can be pruned goes from :data:`NARROWEST` to the full width in multiples of
+    ``block``, in ratios as even as these allow, with as many widths as :data:`POINTS` allows; where
+    there are fewer blocks, multiples of ``fine`` come between. One that cannot be pruned has its
+    widths alone. Convolutions in groups are measured at their own width.
 
     Args:
         layers: see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
-        multiples: that widths will be chosen of.
+        block: that the device's kernels come in.
+        fine: what widths will be chosen of; None: of blocks.
     """
-    if isinstance(multiples, int):
-        multiples = Multiples(multiples)
+    steps = (block, fine or block)
     members: dict[LayerShape, list[PricedLayer]] = {}
     for layer in layers:
         members.setdefault(layer.shape, []).append(layer)
     found: tuple[Grid, ...] = ()
     for most in range(MOST_WIDTHS, LEAST_WIDTHS - 1, -1):
-        found = tuple(_grid(shape, group, multiples, most) for shape, group in members.items())
+        found = tuple(_grid(shape, group, steps, most) for shape, group in members.items())
         if sum(len(grid.chains) + len(grid.fans) for grid in found) <= POINTS:
             break
     return found
 
 
-def _grid(shape: LayerShape, layers: list[PricedLayer], multiples: Multiples, most: int) -> Grid:
+def _grid(shape: LayerShape, layers: list[PricedLayer], steps: tuple[int, int], most: int) -> Grid:
     chains: dict[tuple[int, int], None] = {}
-    for point in _points([layer for layer in layers if layer.in_turn], multiples, most):
+    for point in _points([layer for layer in layers if layer.in_turn], steps, most):
         if point[::-1] not in chains:
             chains[point] = None
-    fans = _points([layer for layer in layers if not layer.in_turn], multiples, most)
+    fans = _points([layer for layer in layers if not layer.in_turn], steps, most)
     return Grid(
         shape=shape,
         chains=tuple(chains),
@@ -114,35 +113,37 @@ def _grid(shape: LayerShape, layers: list[PricedLayer], multiples: Multiples, mo
     )
 
 
-def _points(layers: list[PricedLayer], multiples: Multiples, most: int) -> list[tuple[int, int]]:
+def _points(layers: list[PricedLayer], steps: tuple[int, int], most: int) -> list[tuple[int, int]]:
     if not layers:
         return []
     groups = layers[0].shape.groups
     if groups > 1:
         return sorted({(layer.in_width, layer.out_width) for layer in layers})
-    outputs = _values([(layer.out_width, layer.out_groups) for layer in layers], multiples, most)
+    outputs = _values([(layer.out_width, layer.out_groups) for layer in layers], steps, most)
     if groups == 0:
         return [(width, width) for width in outputs]
-    inputs = _values([(layer.in_width, layer.in_groups) for layer in layers], multiples, most)
+    inputs = _values([(layer.in_width, layer.in_groups) for layer in layers], steps, most)
     return list(itertools.product(inputs, outputs))
 
 
-def _values(sides: list[tuple[int, dict[str, int]]], multiples: Multiples, most: int) -> list[int]:
+def _values(
+    sides: list[tuple[int, dict[str, int]]], steps: tuple[int, int], most: int
+) -> list[int]:
     """Widths of one side of a grid, from the width and the groups of each of its layers."""
     fixed = {width for width, groups in sides if not groups}
     free = {width for width, groups in sides if groups}
     if not free:
         return sorted(fixed)
-    step = math.lcm(
-        multiples.of(max(free)), min(min(groups.values()) for _, groups in sides if groups)
-    )
-    lowest = min(max(1, round(NARROWEST * min(free) / step)) * step, *free)
+    times = min(min(groups.values()) for _, groups in sides if groups)
+    step, fine = (math.lcm(each, times) for each in steps)
+    lowest = min(max(1, round(NARROWEST * min(free) / fine)) * fine, *free)
     even = np.geomspace(lowest, max(free), most)[1:-1]
     inner = {int(step * round(width / step)) for width in even}
     values = sorted({lowest, max(free)} | {each for each in inner if lowest < each < max(free)})
     while len(values) < most:  # small widths fell together: into the largest ratio
         gaps = sorted(itertools.pairwise(values), key=lambda gap: gap[0] / gap[1])
-        middle = next((each for gap in gaps if (each := _between(*gap, step))), None)
+        middles = (_between(*gap, each) for each in (step, fine) for gap in gaps)
+        middle = next(filter(None, middles), None)
         if middle is None:
             break
         values = sorted([*values, middle])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from greenprune.errors import PruningError
 from greenprune.pruning import limits, optimise, removal, surgery
-from greenprune.pruning.choices import Multiples
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit
 from greenprune.pruning.scores import Scores
@@ -41,7 +40,7 @@ class Terms:
     """What a network may cost, and how it may get there."""
 
     limits: tuple[Limit, ...]
-    width_multiple: int | Multiples = 8
+    width_multiple: int = 8
     keep_at_least: float = 0.2
     blocks: bool = False
     """Whether residual blocks may go whole."""
@@ -192,6 +191,8 @@ def _aim(seen: list[tuple[float, float]]) -> float:
     wanted = 1 - SPARE / 2
     below = max((each for each in seen if each[1] <= 1), default=None)
     above = min((each for each in seen if each[1] > 1), default=None)
+    if below and above and below[0] >= above[0]:
+        below = None  # they disagree, which is noise: down from all of them
     x, y = seen[-1]
     nearest = sorted(set(seen))[-2:] if below else sorted(set(seen))[:2]
     if below and above:

@@ -16,9 +16,13 @@ from greenprune.runtime.feeds import Inputs
 from greenprune.runtime.networks import SCORE, Networks
 from greenprune.runtime.outcome import Outcome
 from greenprune.runtime.policy import Point
-from greenprune.runtime.selector import decide
+from greenprune.runtime.selector import accepts, decide
 
 Mask = NDArray[np.bool_]
+ONE: tuple[Mask, Mask] = (np.zeros(1, dtype=np.bool_), np.ones(1, dtype=np.bool_))
+"""Masks of one sample, shared and never written to: not accepted, accepted."""
+for _mask in ONE:
+    _mask.setflags(write=False)
 Outputs = dict[str, NDArray[Any]]
 
 
@@ -82,8 +86,12 @@ class Router:
             return
         scores = outputs[SCORE]
         outcome.outputs, outcome.scores = outputs, scores
-        outcome.accepted = decide(scores, threshold)
-        outcome.sure = int(np.count_nonzero(outcome.accepted))
+        if len(inputs) == 1:
+            outcome.sure = int(accepts(float(scores[0]), threshold))
+            outcome.accepted = ONE[outcome.sure]
+        else:
+            outcome.accepted = decide(scores, threshold)
+            outcome.sure = int(np.count_nonzero(outcome.accepted))
         if outcome.sure == len(inputs):
             self._record(fault=False)
             return

@@ -6,6 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
+def accepts(score: float, threshold: float) -> bool:
+    """:func:`decide` for one answer, without arrays, which take longer than the decision."""
+    return score >= threshold
+
+
 def decide(scores: ArrayLike, threshold: float | None) -> NDArray[np.bool_]:
     """Which answers of the aggressive network are accepted: ``score >= threshold``, bool [N].
 
