@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -122,6 +123,23 @@ def test_a_target_that_is_not_installed_is_named(tiny_bundle: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"target": "x86"', '"target": "x68"'))
     with pytest.raises(TargetError, match=r"'x68' \(did you mean 'x86'\?\)"):
         AdaptiveSession(tiny_bundle)
+
+
+def test_onnxruntime_reports_nothing_and_leaves_nothing_at_home(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys, numpy as np; from greenprune.runtime import AdaptiveSession, Policy; "
+        "s = AdaptiveSession(sys.argv[1], policy=Policy(route='mild'), runtime='onnxruntime'); "
+        "s.warmup(); s.close()"
+    )
+    hidden = ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "PYTEST_CURRENT_TEST")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = {**kept, "HOME": str(tmp_path / "home"), "PYTHONPATH": ":".join(sys.path)}
+    line = [sys.executable, "-c", code, str(tiny_bundle)]
+    subprocess.run(line, env=environment, check=True)
+    left = [path for path in (tmp_path / "home").rglob("*") if "icrosoft" in path.name]
+    assert left == []
 
 
 def run_app(*arguments: object) -> subprocess.CompletedProcess[str]:

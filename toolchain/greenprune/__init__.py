@@ -6,10 +6,15 @@ only with the names that need it.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from greenprune._version import __version__
+
+# From 1.29 on ONNX Runtime reports its use to its maker, and keeps an identifier of the device in
+# the user's home, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from greenprune.api import bench, explain, export, prune, prune_network, report, run

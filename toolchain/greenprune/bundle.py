@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -205,16 +207,12 @@ class Bundle:
             BundleError: the path leaves the bundle, the file is missing, not listed or changed.
         """
         path = self._locate(name)
-        folder, prefix = PurePosixPath(name).parent, f"{path.stem}."
+        start = name[: len(name) - len(path.suffix)] + "."
         # a runtime finds the companion by its name: one that nobody listed must not get in
-        present = {(folder / found.name).as_posix() for found in path.parent.glob(f"{prefix}*")}
-        listed = {
-            entry
-            for entry in self.manifest.files
-            if PurePosixPath(entry).parent == folder
-            and PurePosixPath(entry).name.startswith(prefix)
-        }
-        for entry in sorted(listed | present):
+        folder = start.rpartition("/")[0]
+        present = {f"{folder}/{found.name}".lstrip("/") for found in os.scandir(path.parent)}
+        alike = {entry for entry in present | set(self.manifest.files) if entry.startswith(start)}
+        for entry in sorted(entry for entry in alike if "/" not in entry[len(start) :]):
             self._read_checked(entry)
         return path
 
@@ -260,6 +258,10 @@ class Bundle:
         for name in self.manifest.files:
             self._read_checked(name)
 
+    @cached_property
+    def _resolved(self) -> Path:
+        return self.path.resolve()
+
     def _locate(self, name: str) -> Path:
         """The file's path, proved to be a listed one inside the bundle."""
         if not _is_safe(name):
@@ -273,7 +275,7 @@ class Bundle:
                 "make or copy the bundle again"
             )
         path = self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()):
+        if not path.resolve().is_relative_to(self._resolved):
             raise BundleError(
                 f"{path}: a link that leaves the bundle, to {path.resolve()}; expected a file "
                 "inside; do not use this bundle"
