@@ -23,6 +23,7 @@ from greenprune.errors import BundleError, DataError, GreenpruneError
 from greenprune.runtime import AdaptiveSession, Policy, RunInfo, decide, statistics
 from greenprune.runtime.faults import percentile
 from greenprune.runtime.preprocessing import preprocess
+from greenprune.runtime.selector import accepts
 
 
 def ask(session: AdaptiveSession, inputs: Any) -> tuple[Any, RunInfo]:
@@ -392,6 +393,9 @@ def test_decide_accepts_at_or_above_the_threshold(
     found = decide(np.asarray(scores, dtype=np.float32), threshold)
     assert found.dtype == np.bool_
     assert found.tolist() == [threshold is not None and score >= threshold for score in scores]
+    if threshold is not None:
+        each = np.asarray(scores, dtype=np.float32)
+        assert [accepts(float(score), threshold) for score in each] == found.tolist()
 
 
 def settings_for(channels: Any) -> Preprocessing:

@@ -210,7 +210,8 @@ class Bundle:
         start = name[: len(name) - len(path.suffix)] + "."
         # a runtime finds the companion by its name: one that nobody listed must not get in
         folder = start.rpartition("/")[0]
-        present = {f"{folder}/{found.name}".lstrip("/") for found in os.scandir(path.parent)}
+        with _readable(path.parent):
+            present = {f"{folder}/{found.name}".lstrip("/") for found in os.scandir(path.parent)}
         alike = {entry for entry in present | set(self.manifest.files) if entry.startswith(start)}
         for entry in sorted(entry for entry in alike if "/" not in entry[len(start) :]):
             self._read_checked(entry)

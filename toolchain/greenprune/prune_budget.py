@@ -139,13 +139,13 @@ def price(work: Work) -> dict[str, Any]:
     for variant in parts.PRUNED:
         terms = terms_of(job, variant, _multiple(job, table.block_width))
         within.check_reachable(terms, network, analysis, example, prices)
+    probed = f", kernels in blocks of {table.block_width}" if table.block_probe else ""
     return {
         "runtime": table.runtime,
         "threads": table.threads,
         "block_width": table.block_width,
         "shapes": len(table.costs),
-        "headline": f"{len(table.costs)} shapes on {table.runtime} ({told}), "
-        f"kernels in blocks of {table.block_width}",
+        "headline": f"{len(table.costs)} shapes on {table.runtime} ({told}){probed}",
     }
 
 

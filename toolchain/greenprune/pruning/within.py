@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from greenprune.errors import PruningError
-from greenprune.pruning import limits, optimise, removal, surgery
+from greenprune.pruning import budget, limits, optimise, removal, surgery
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit
 from greenprune.pruning.scores import Scores
@@ -143,8 +143,8 @@ def cut_within(
             if not found:
                 raise
             break  # the next aim asks for more than can be had
-        same = next((each for each in found if each.choice.removed == choice.removed), None)
-        if same is not None and same.choice.removed_blocks == choice.removed_blocks:
+        same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
+        if same is not None:
             if same.over <= 1:
                 break  # nothing lies between this choice and what was too much
             _note(seen, same)
@@ -170,6 +170,10 @@ def cut_within(
             break
         _note(seen, settled)
     return _best(found, terms)
+
+
+def _gone(choice: optimise.Choice) -> tuple[budget.Removed, tuple[str, ...]]:
+    return choice.removed, choice.removed_blocks
 
 
 def _note(seen: dict[str, list[tuple[float, float]]], settled: Settled) -> None:

@@ -73,18 +73,17 @@ class Counters:
         self.latencies.append(seconds)
         if outcome.route is not None:
             self.routes[outcome.route] += samples
-            self.ran[outcome.route] += samples
         else:
             accepted = outcome.sure if outcome.degraded is None else samples
             self.routes["aggressive"] += accepted
             self.routes["mild"] += samples - accepted
-            self.ran["aggressive"] += samples * outcome.aggressive_ran
-            self.ran["mild"] += _count(outcome.mild_ran)
         self.faults += _count(outcome.faulty)
         self.degraded += _count(outcome.degraded)
         self.late += outcome.late
         self.audits += outcome.audited
         self.disagreements += outcome.disagreed
+        for variant, count in outcome.ran(samples).items():
+            self.ran[variant] += count
 
     def copy(self) -> Counters:
         """As they are now."""
