@@ -22,24 +22,27 @@ DIGEST = 64
 """Characters of a SHA-256 in hexadecimal."""
 
 
-def compile_model(core: Any, version: str, artifact: Path, settings: Mapping[str, Any]) -> Any:
+def compile_model(
+    core: Any, version: str, artifact: Path, batch: int | None, settings: Mapping[str, Any]
+) -> Any:
     """``artifact`` compiled for this CPU, from the cache where it has been compiled before.
 
     Args:
         core: OpenVINO's.
-        version: OpenVINO's; with the processor's instruction sets, the settings and the hash of the
-            artifact it is the key.
+        version: OpenVINO's; with the processor's instruction sets, the settings, the batch and the
+            hash of the artifact it is the key.
         artifact: the ``.xml``, its ``.bin`` beside it.
+        batch: what the first dimension of its input is made, where it may be any; None leaves it.
         settings: for the CPU.
     """
-    path = storage.user_cache("openvino") / f"{_key(version, artifact, settings)}.blob"
+    path = storage.user_cache("openvino") / f"{_key(version, artifact, batch, settings)}.blob"
     blob = _read(path)
     if blob is not None:
         try:
             return core.import_model(blob, "CPU", dict(settings))
         except RuntimeError as error:
             log.info("%s: cannot be opened, so it is compiled again: %s", path, error)
-    compiled = core.compile_model(artifact, "CPU", dict(settings))
+    compiled = core.compile_model(_read_model(core, artifact, batch), "CPU", dict(settings))
     content = compiled.export_model().getvalue()
     digest = hashlib.sha256(content).hexdigest().encode()
     try:
@@ -50,10 +53,19 @@ def compile_model(core: Any, version: str, artifact: Path, settings: Mapping[str
     return compiled
 
 
-def _key(version: str, artifact: Path, settings: Mapping[str, Any]) -> str:
+def _read_model(core: Any, artifact: Path, batch: int | None) -> Any:
+    model = core.read_model(artifact)
+    shape = model.inputs[0].get_partial_shape()
+    if batch is not None and shape[0].is_dynamic:
+        shape[0] = batch
+        model.reshape(shape)
+    return model
+
+
+def _key(version: str, artifact: Path, batch: int | None, settings: Mapping[str, Any]) -> str:
     parts = [artifact, artifact.with_suffix(".bin")]
     hashes = [storage.sha256(part) for part in parts if part.is_file()]
-    found = json.dumps([version, processor()["isa"], hashes, dict(settings)])
+    found = json.dumps([version, processor()["isa"], hashes, batch, dict(settings)])
     return hashlib.sha256(found.encode()).hexdigest()[:32]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ class X86(BaseTarget):
         if base == "onnxruntime":
             return onnxruntime_cpu.open_session(artifact, threads)
         with refusal(artifact, base):
-            return OpenVinoRunner(_compile_model(artifact, threads))
+            return OpenVinoRunner(partial(_compile_model, artifact, threads))
 
     def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
         """From the graph that the runtime makes of the artifact on this machine."""
@@ -67,7 +69,7 @@ class X86(BaseTarget):
         if base == "onnxruntime":
             return onnxruntime_cpu.layer_precisions(artifact)
         with refusal(artifact, base):
-            layers = _compile_model(artifact, 0).get_runtime_model().get_ops()
+            layers = _compile_model(artifact, 0, 1).get_runtime_model().get_ops()
         told = {layer.get_friendly_name(): layer.get_rt_info() for layer in layers}
         return {
             name: OPENVINO_PRECISIONS.get(str(info["runtimePrecision"].value), "other")
@@ -77,33 +79,69 @@ class X86(BaseTarget):
 
 
 class OpenVinoRunner:
-    """A compiled OpenVINO model, with as many inference requests as there were calls at once."""
+    """An OpenVINO model compiled for batch 1, and as soon as another batch comes for any.
 
-    def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
-        self._idle: deque[Any] = deque()
-        self.input_name: str = compiled.inputs[0].get_any_name()
-        self.output_names: tuple[str, ...] = tuple(out.get_any_name() for out in compiled.outputs)
+    Fixed shapes make ResNet-56 some percent faster, and a request that keeps its input's memory
+    costs a tenth of a millisecond less in Python.
+    """
+
+    def __init__(self, compile_for: Callable[[int | None], Any]) -> None:
+        """``compile_for`` takes the batch, None for any."""
+        self._compile_for = compile_for
+        self._lock = threading.Lock()
+        self._one: Any = compile_for(1)
+        self._any: Any = None
+        # as many requests as there were calls at once
+        self._requests: deque[tuple[Any, NDArray[np.float32]]] = deque()
+        self._requests_any: deque[Any] = deque()
+        port = self._one.inputs[0]
+        fixed = port.get_partial_shape().is_static
+        self._shape: tuple[int, ...] | None = tuple(port.get_shape()) if fixed else None
+        self.input_name: str = port.get_any_name()
+        self.output_names: tuple[str, ...] = tuple(out.get_any_name() for out in self._one.outputs)
 
     def run(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Outputs by name, of float32 inputs [N, C, H, W]."""
+        return self._run_one(inputs) if inputs.shape == self._shape else self._run_any(inputs)
+
+    def _run_one(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         try:
-            request = self._idle.pop()
+            request, memory = self._requests.pop()
         except IndexError:
-            request = self._compiled.create_infer_request()
+            request = self._one.create_infer_request()
+            memory = request.get_input_tensor(0).data
         try:
-            answers = request.infer([np.ascontiguousarray(inputs)], share_inputs=True)
+            memory[...] = inputs
+            request.infer(share_outputs=True)
+            return {
+                name: request.get_output_tensor(index).data.copy()
+                for index, name in enumerate(self.output_names)
+            }
         finally:
-            self._idle.append(request)
+            self._requests.append((request, memory))
+
+    def _run_any(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        with self._lock:
+            if self._any is None:
+                self._any = self._compile_for(None)
+        try:
+            request = self._requests_any.pop()
+        except IndexError:
+            request = self._any.create_infer_request()
+        try:
+            answers = request.infer(np.ascontiguousarray(inputs), share_inputs=True)
+        finally:
+            self._requests_any.append(request)
         return {name: answers[index] for index, name in enumerate(self.output_names)}
 
     def close(self) -> None:
-        """Drop the model and its requests."""
-        self._compiled = None
-        self._idle.clear()
+        """Drop the models and their requests."""
+        self._one = self._any = None
+        self._requests.clear()
+        self._requests_any.clear()
 
 
-def _compile_model(artifact: Path, threads: int) -> Any:
+def _compile_model(artifact: Path, threads: int, batch: int | None) -> Any:
     # ENABLE_CPU_PINNING stays as OpenVINO sets it: within this process's affinity mask.
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -111,7 +149,7 @@ def _compile_model(artifact: Path, threads: int) -> Any:
         "INFERENCE_NUM_THREADS": session_threads(threads),
     }
     version = _openvino().get_version()
-    return openvino_cache.compile_model(_core(), version, artifact, settings)
+    return openvino_cache.compile_model(_core(), version, artifact, batch, settings)
 
 
 def _quantise(model: Any, build: Build) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def answer(artifact: Path, inputs: Any) -> Any:
 
 @pytest.fixture
 def inputs(tiny_bundle: Path) -> Any:
-    return open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")
+    return open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")[:1]
 
 
 class Counting:
@@ -47,8 +48,8 @@ class Counting:
         self.compiled += 1
         return self.real.compile_model(*arguments)
 
-    def import_model(self, *arguments: Any) -> Any:
-        return self.real.import_model(*arguments)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
 
 
 @pytest.fixture
@@ -67,6 +68,52 @@ def test_a_second_opening_compiles_nothing(
     assert (core.compiled, list(kept.iterdir())) == (1, [blob])
     load_target("x86").open(artifact, "openvino", 2)
     assert core.compiled == 2, "other threads, another network"
+
+
+def test_batch_1_has_a_network_of_its_own_and_others_share_one(
+    kept: Path, artifact: Path, tiny_bundle: Path, core: Counting
+) -> None:
+    many = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")[:5]
+    runner = load_target("x86").open(artifact, "openvino", 1)
+    singly = [runner.run(many[at : at + 1])["logits"][0] for at in range(5)]
+    assert core.compiled == 1, "no other batch came"
+    for batch in (5, 2, 5, 1):
+        together = runner.run(many[:batch])["logits"]
+        np.testing.assert_allclose(together, singly[:batch], rtol=1e-4, atol=1e-4)
+    assert core.compiled == 2
+    again = load_target("x86").open(artifact, "openvino", 1)
+    again.run(many)
+    assert (core.compiled, len(list(kept.iterdir()))) == (2, 2), "both were kept"
+
+
+def test_threads_that_bring_another_batch_at_once_compile_it_once(
+    kept: Path, artifact: Path, tiny_bundle: Path, core: Counting
+) -> None:
+    many = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")[:4]
+    runner = load_target("x86").open(artifact, "openvino", 1)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: runner.run(many)["logits"], range(32)))
+    assert core.compiled == 2
+    for each in found:
+        np.testing.assert_array_equal(each, found[0])
+
+
+def test_an_answer_stays_when_the_next_one_is_computed(artifact: Path, tiny_bundle: Path) -> None:
+    images = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")
+    runner = load_target("x86").open(artifact, "openvino", 1)
+    taken = images[:1].copy()
+    first = runner.run(taken)["logits"]
+    told = first.copy()
+    taken[:] = 0
+    runner.run(images[1:2])
+    np.testing.assert_array_equal(first, told)
+
+
+def test_other_shapes_than_the_networks_are_refused(artifact: Path, inputs: Any) -> None:
+    runner = load_target("x86").open(artifact, "openvino", 1)
+    for wrong in (inputs[0, 0, 0, 0], inputs[:, :, :, :1], inputs[0]):
+        with pytest.raises(RuntimeError):
+            runner.run(np.ascontiguousarray(wrong))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "consistent rubbish"])
