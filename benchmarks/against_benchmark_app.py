@@ -1,6 +1,6 @@
 """Our median latency against others' on the same files: does the harness measure what they do?
 
-    python benchmarks/against_benchmark_app.py --weights=resnet56.th [--rounds 40]
+    python benchmarks/against_benchmark_app.py --weights=resnet56.th [--rounds 15]
 
 ResNet-56 in fp32, batch 1, a thread a core for all; everything in a process of its own:
 
@@ -10,15 +10,17 @@ ResNet-56 in fp32, batch 1, a thread a core for all; everything in a process of 
   latency of the inference request, which is all that benchmark_app tells: the call from Python
   comes on top. A window of our harness, which has it, is set beside them.
 
-In every round each runs once, pair by pair and in an order drawn anew; the ratio is ours over
-theirs, paired by round, with a 95% interval by order statistics, which must contain 1 and reach 3%
-at most.
+The two of a pair take turns every 0.2 s, one stopped by SIGSTOP while the other works: on a virtual
+machine whose speed changes by the second both then meet the same. The ratio is ours over theirs,
+paired by round, with a 95% interval by order statistics, which must contain 1 and reach 3% at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import contextlib
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -27,11 +29,15 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from common import write_result
 
@@ -45,7 +51,14 @@ from greenprune.onnx_export import export_onnx
 from greenprune.registry import Build, load_target
 
 SEED = 0
-SECONDS = 2
+SECONDS = 10
+"""Of which each works for half."""
+TURN_SECONDS = 0.2
+PAIRS = (
+    ("openvino, request", "benchmark_app"),
+    ("onnxruntime, window", "bare loop"),
+    ("openvino, window", "benchmark_app"),
+)
 PRESET = Preset(
     name="against", windows=1, window_seconds=SECONDS, idle_seconds=0.0, rest_seconds=0.0
 )
@@ -69,6 +82,8 @@ def loop(seconds):
         index += 1
     return found
 loop(1.0)
+print("ready", flush=True)
+sys.stdin.readline()
 print(np.median(loop(seconds)) / 1e6)
 """
 REQUEST = """
@@ -89,42 +104,47 @@ def loop(seconds):
         index += 1
     return found
 loop(1.0)
+print("ready", flush=True)
+sys.stdin.readline()
 print(np.median(loop(seconds)))
 """
-WINDOW, REQUESTS, APP = "openvino, window", "openvino, request", "benchmark_app"
-BARE_WINDOW, BARE_LOOP = "onnxruntime, window", "bare loop"
-PAIRS = ((REQUESTS, APP), (BARE_WINDOW, BARE_LOOP))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A process that is ready to measure, and stopped; ``finish`` waits for its median, in ms."""
+
+    process: psutil.Process
+    finish: Callable[[], float]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
 
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         artifacts, inputs = prepare(arguments.weights, Path(scratch))
         threads = usable_cores()
-        windows = ours(stack, artifacts, inputs, threads)
-        ways: dict[str, Callable[[], float]] = {
-            WINDOW: windows["openvino"],
-            REQUESTS: lambda: alone(REQUEST, artifacts["openvino"], inputs, threads),
-            APP: lambda: benchmark_app(artifacts["openvino"]),
-            BARE_WINDOW: windows["onnxruntime"],
-            BARE_LOOP: lambda: alone(BARE, artifacts["onnxruntime"], inputs, threads),
+        windows = workers(stack, artifacts, inputs, threads)
+        ways: dict[str, Callable[[], Contender]] = {
+            "openvino, window": windows["openvino"],
+            "openvino, request": lambda: scripted(REQUEST, artifacts["openvino"], inputs, threads),
+            "onnxruntime, window": windows["onnxruntime"],
+            "benchmark_app": lambda: benchmark_app(artifacts["openvino"]),
+            "bare loop": lambda: scripted(BARE, artifacts["onnxruntime"], inputs, threads),
         }
-        found: dict[str, list[float]] = {name: [] for name in ways}
-        draw = random.Random(SEED)
-        groups = [list(pair) for pair in (*PAIRS, (WINDOW,))]
+        found: dict[str, list[list[float]]] = {" / ".join(pair): [] for pair in PAIRS}
         for number in range(arguments.rounds):
-            for group in draw.sample(groups, len(groups)):
-                for name in draw.sample(group, len(group)):
-                    found[name].append(ways[name]())
-            print(number, {name: round(values[-1], 4) for name, values in found.items()})
+            for pair in PAIRS:
+                medians = in_turns(*(ways[name]() for name in pair))
+                found[" / ".join(pair)].append(medians)
+            print(number, {names: each[-1] for names, each in found.items()}, flush=True)
     ratios = {
-        f"{mine} / {other}": schema.encode(paired_ratio(found[mine], found[other]))
-        for mine, other in (*PAIRS, (WINDOW, APP))
+        names: schema.encode(paired_ratio([mine for mine, _ in each], [other for _, other in each]))
+        for names, each in found.items()
     }
     figures = {"threads": threads, "medians_ms": found, "ratios": ratios}
     seconds = time.monotonic() - begin
@@ -150,9 +170,26 @@ def prepare(weights: Path, folder: Path) -> tuple[dict[str, Path], Path]:
     return artifacts, folder / "inputs.npy"
 
 
-def ours(
+def in_turns(first: Contender, second: Contender) -> list[float]:
+    """Both medians; the processes take turns until one has finished."""
+    with ThreadPoolExecutor(2) as pool:
+        told = [pool.submit(each.finish) for each in (first, second)]
+        for each in itertools.cycle((first, second)):
+            each.process.resume()
+            time.sleep(TURN_SECONDS)
+            if any(median.done() for median in told):
+                break
+            each.process.suspend()
+        for each in (first, second):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.process.resume()
+        return [median.result() for median in told]
+
+
+def workers(
     stack: ExitStack, artifacts: dict[str, Path], inputs: Path, threads: int
-) -> dict[str, Callable[[], float]]:
+) -> dict[str, Callable[[], Contender]]:
+    """Of our harness; each is asked for a window when its turn comes."""
     clients = protocol.start_workers(stack, [("dense", runtime) for runtime in artifacts])
     for (_, runtime), client in clients.items():
         request = {
@@ -165,31 +202,57 @@ def ours(
         }
         protocol.load_candidate(client, PRESET, request)
 
-    def window(client: Client) -> Callable[[], float]:
-        return lambda: float(client.ask("window", 600.0)["latency"]["p50_ns"]) / 1e6
+    def ready(client: Client) -> Contender:
+        process = psutil.Process(client.pid)
+        process.suspend()
+        client.send("window")
+        return Contender(process, lambda: float(client.receive(600.0)["latency"]["p50_ns"]) / 1e6)
 
-    return {runtime: window(client) for (_, runtime), client in clients.items()}
+    return {runtime: partial(ready, client) for (_, runtime), client in clients.items()}
 
 
-def benchmark_app(model: Path) -> float:
-    """Its median in milliseconds."""
+def benchmark_app(model: Path) -> Contender:
     command = shutil.which("benchmark_app", path=sysconfig.get_path("scripts"))
     if command is None:
         sys.exit("benchmark_app is not beside this Python; pip install openvino")
     line: list[Any] = [command, "-m", model, "-d", "CPU", "-hint", "latency", "-api", "sync"]
     line += ["-t", SECONDS, "-infer_precision", "f32"]  # its threads cannot be set with a hint
     line += ["-shape", "[1,3,32,32]"]
-    output = subprocess.check_output([str(part) for part in line], text=True)
-    median = re.search(r"Median:\s+([\d.]+) ms", output)
-    if median is None:
-        sys.exit(f"benchmark_app told no median: {output[-500:]}")
-    return float(median[1])
+    return started(line, "Measuring performance", r"Median:\s+([\d.]+) ms")
 
 
-def alone(script: str, artifact: Path, inputs: Path, threads: int) -> float:
-    """The median in milliseconds that a script tells, in a process of its own."""
-    line = [sys.executable, "-c", script, str(artifact), str(inputs), str(threads), str(SECONDS)]
-    return float(subprocess.check_output(line, text=True))
+def scripted(script: str, artifact: Path, inputs: Path, threads: int) -> Contender:
+    line = [sys.executable, "-c", script, artifact, inputs, threads, SECONDS]
+    return started(line, "ready", r"^([\d.]+)$")
+
+
+def started(line: list[Any], ready: str, median: str) -> Contender:
+    """A command that says when it begins to measure, and its median in milliseconds in the end."""
+    process = subprocess.Popen(
+        [str(part) for part in line],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for said in process.stdout:
+        if ready in said:
+            break
+    stopped = psutil.Process(process.pid)
+    stopped.suspend()
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+    def finish() -> float:
+        output, _ = process.communicate()
+        told = re.search(median, output, re.MULTILINE)
+        if told is None:
+            sys.exit(f"{line[0]} told no median: {output[-500:]}")
+        return float(told[1])
+
+    return Contender(stopped, finish)
 
 
 if __name__ == "__main__":

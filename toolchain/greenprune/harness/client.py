@@ -48,6 +48,11 @@ class Client:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_paths())},
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the worker's process."""
+        return self._process.pid
+
     def ask(self, command: str, limit_seconds: float, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
 
