@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
+from greenprune import cost_tables
 from greenprune.errors import MeasurementError
 from greenprune.harness.cost_table import CostPoint, CostTable, LayerShape, ShapeCosts
 from greenprune.models import resnet20
@@ -241,3 +242,51 @@ def test_a_correction_is_never_below_zero() -> None:
     for wrong in ([1.0], [1.0, 2.0, -3.0], [1.0, float("nan"), 2.0]):
         with pytest.raises(MeasurementError, match="two networks or more"):
             learn(summed[: len(wrong)], wrong)
+
+
+def taught_by(measured: Callable[[float], float]) -> tuple[Predictor, list[float], list[float]]:
+    """ResNet-20's predictor, taught where a sum's networks take what ``measured`` says; with what
+    they took and are predicted to."""
+    network = resnet20().eval()
+    analysis = analyse(network, torch.zeros(2, 3, 32, 32))
+    layers = shapes_of(network, torch.zeros(2, 3, 32, 32), analysis)
+    table = made_table(layers)
+    sums, took = [], []
+
+    def measure(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        for pruned in networks.values():
+            widths = {n: m.out_channels for n, m in pruned.named_modules() if hasattr(m, "stride")}
+            lost = {
+                group.name: group.channels - int(widths[group.producers[0].module])
+                for group in analysis.groups
+            }
+            sums.append(lost)
+            took.append(measured(float(Predictor(layers, table).summed_ms(lost)[0])))
+        return dict(zip(networks, took, strict=True))
+
+    table = cost_tables.taught(
+        table,
+        network,
+        analysis,
+        layers,
+        width_multiple=BLOCK,
+        keep_at_least=0.2,
+        measure=measure,
+    )
+    predictor = Predictor(layers, table)
+    return predictor, took, [float(predictor.latency_ms(lost)[0]) for lost in sums]
+
+
+def test_whole_networks_teach_a_line() -> None:
+    _, took, predicted = taught_by(lambda summed: 0.3 + 0.8 * summed)
+    assert len(took) == 4
+    assert took == sorted(took, reverse=True), "the dense network first, the narrowest last"
+    np.testing.assert_allclose(predicted, took, rtol=1e-6)
+
+
+def test_a_share_that_the_narrowest_network_has_shown_is_within_reach() -> None:
+    """Two networks between that take long would teach a line that is too flat."""
+    bent = iter((0.9, 1.25, 1.2, 1.0))
+    _, took, predicted = taught_by(lambda summed: next(bent) * (0.05 + summed))
+    assert predicted[-1] / predicted[0] <= took[-1] / took[0] * (1 + 1e-9)
+    np.testing.assert_allclose([predicted[0], predicted[-1]], [took[0], took[-1]], rtol=1e-6)
