@@ -10,7 +10,6 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from greenprune import storage
@@ -176,27 +175,13 @@ def taught(
         )
         for place, row in enumerate(lost.tolist())
     }
-    told = measure(networks)
-    measured_ms = np.array([told[name] for name in networks])
+    measured_ms = measure(networks)
     counts = {group.name: n for group, n in zip(analysis.groups, lost.T, strict=True)}
-    found = _line(Predictor(layers, table).summed_ms(counts), measured_ms)
+    found = learn(
+        Predictor(layers, table).summed_ms(counts), [measured_ms[name] for name in networks]
+    )
     correction = {"layer_us": found["intercept_us"] / len(layers), "slope": found["slope"]}
     return replace(table, correction=correction)
-
-
-def _line(summed_ms: NDArray[np.float64], measured_ms: NDArray[np.float64]) -> dict[str, float]:
-    """What :func:`~greenprune.pruning.predictor.learn` makes of them; where that would call a
-    share of the dense latency out of reach that the narrowest network has just shown, of these two.
-
-    Args:
-        summed_ms: of the dense network first and the narrowest last.
-        measured_ms: of the same.
-    """
-    found = learn(summed_ms, measured_ms)
-    predicted = found["intercept_us"] / 1000 + found["slope"] * summed_ms
-    if predicted[-1] / predicted[0] > measured_ms[-1] / measured_ms[0]:
-        return learn(summed_ms[[0, -1]], measured_ms[[0, -1]])
-    return found
 
 
 @contextmanager
