@@ -56,8 +56,9 @@ USUAL = load_target("x86").capabilities.width_multiple
 NETWORKS = ("resnet56", "vgg16", "mobilenet_v3_small")
 RATES = {"resnet56": resnet56_rates, "vgg16": vgg16_rates}
 PRESET = replace(
-    race.PRESET, windows=11, window_seconds=1.0, warmup_seconds=1.0, warmup_cap_seconds=10.0
+    race.PRESET, windows=31, window_seconds=0.3, warmup_seconds=1.0, warmup_cap_seconds=10.0
 )
+"""Short windows: what are compared stand near each other in time."""
 
 
 @dataclass(frozen=True)

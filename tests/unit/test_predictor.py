@@ -285,7 +285,9 @@ def taught_by(measured: Callable[[float], float]) -> tuple[Predictor, list[float
 
 
 def test_whole_networks_teach_a_line() -> None:
-    _, took, predicted = taught_by(lambda summed: 0.3 + 0.8 * summed)
+    predictor, took, predicted = taught_by(lambda summed: 0.3 + 0.8 * summed)
     assert len(took) == 4
     assert took == sorted(took, reverse=True), "the dense network first, the narrowest last"
     np.testing.assert_allclose(predicted, took, rtol=1e-6)
+    shown = predictor.table.correction["narrowest_share"]
+    assert shown == pytest.approx(took[-1] / took[0])

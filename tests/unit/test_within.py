@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from greenprune.errors import PruningError
+from greenprune.errors import BudgetError, PruningError
 from greenprune.pruning import limits, optimise, within
 from greenprune.pruning.cost import count
 from greenprune.pruning.graph import Analysis, analyse
@@ -232,3 +232,37 @@ def test_what_cannot_be_reached_is_found_without_a_device(
     within.check_reachable(terms, network, analysis, EXAMPLE, {})  # not priced yet
     with pytest.raises(PruningError, match="latency"):
         within.check_reachable(terms, network, analysis, EXAMPLE, by_macs(network, analysis))
+
+
+def test_a_limit_that_the_prices_call_out_of_reach_is_measured(
+    network: nn.Module, analysis: Analysis
+) -> None:
+    """A device that gains more from narrow networks than its prices say."""
+    asked, floor = "latency x0.2", 0.5
+    with pytest.raises(BudgetError) as refused:
+        cut(network, analysis, asked, keep_at_least=floor)
+    assert refused.value.smallest["latency_ms"] > 0
+    seen: list[float] = []
+    measure = measuring(lambda ms: ms**2, seen)
+    found = cut(network, analysis, asked, keep_at_least=floor, measure=measure)
+    assert found.over <= 1
+    assert seen[0] <= 0.2
+    steep = measuring(lambda ms: ms**0.5, seen)
+    with pytest.raises(PruningError, match="were measured, the nearest at latency_ms"):
+        cut(network, analysis, asked, keep_at_least=floor, measure=steep)
+    with pytest.raises(BudgetError, match="params"):  # that is no matter of measuring
+        cut(network, analysis, asked, "params <= 10", keep_at_least=floor, measure=measure)
+
+
+def test_what_a_measured_network_has_shown_is_not_refused(
+    network: nn.Module, analysis: Analysis
+) -> None:
+    terms = within.Terms(limits=limits.parse_all(["latency x0.1"]), width_multiple=8)
+    prices = by_macs(network, analysis)
+
+    def check(share: float) -> None:
+        within.check_reachable(terms, network, analysis, EXAMPLE, prices, {"latency_ms": share})
+
+    check(0.1)
+    with pytest.raises(BudgetError, match=r"latency x0\.1"):
+        check(0.11)

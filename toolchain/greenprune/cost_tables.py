@@ -175,12 +175,15 @@ def taught(
         )
         for place, row in enumerate(lost.tolist())
     }
-    measured_ms = measure(networks)
+    told = measure(networks)
+    measured_ms = [told[name] for name in networks]
     counts = {group.name: n for group, n in zip(analysis.groups, lost.T, strict=True)}
-    found = learn(
-        Predictor(layers, table).summed_ms(counts), [measured_ms[name] for name in networks]
-    )
-    correction = {"layer_us": found["intercept_us"] / len(layers), "slope": found["slope"]}
+    found = learn(Predictor(layers, table).summed_ms(counts), measured_ms)
+    correction = {
+        "layer_us": found["intercept_us"] / len(layers),
+        "slope": found["slope"],
+        "narrowest_share": measured_ms[-1] / measured_ms[0],  # the dense one comes first
+    }
     return replace(table, correction=correction)
 
 

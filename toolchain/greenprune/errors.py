@@ -7,6 +7,7 @@
     ├── DataError                   images, labels, folders, a user's data function
     ├── WeightsError                missing, truncated or unfitting weights; a factory that fails
     ├── PruningError                a network that cannot be traced, a budget out of reach
+    │   ├── BudgetError             a budget that no choice of widths is within
     │   └── ProofError              a compact network that does not equal its masked one
     ├── TrainingError               a loss that is not finite, an optimiser that is refused
     ├── ExportError                 an ONNX graph or artifact that does not reproduce its network
@@ -22,6 +23,8 @@ Anything else that escapes is a defect. The commands exit with status 2 on a Gre
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class GreenpruneError(Exception):
@@ -42,6 +45,17 @@ class WeightsError(GreenpruneError):
 
 class PruningError(GreenpruneError):
     """A network cannot be analysed, or a budget cannot be met."""
+
+
+class BudgetError(PruningError):
+    """No choice of widths is within a budget, by its prices.
+
+    ``smallest`` has the least that can be reached of each limited quantity, in the limits' units.
+    """
+
+    def __init__(self, message: str, smallest: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.smallest = smallest
 
 
 class ProofError(PruningError):

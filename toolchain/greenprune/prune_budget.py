@@ -136,9 +136,11 @@ def price(work: Work) -> dict[str, Any]:
                 f"budget '{limit}': the cost table has no joules, since no meter measures where it "
                 "was made (`greenprune doctor` says why); ask for latency instead"
             )
+    narrowest = table.correction.get("narrowest_share")
+    shown = {"latency_ms": narrowest} if narrowest else {}
     for variant in parts.PRUNED:
         terms = terms_of(job, variant, _multiple(job, table.block_width))
-        within.check_reachable(terms, network, analysis, example, prices)
+        within.check_reachable(terms, network, analysis, example, prices, shown)
     probed = f", kernels in blocks of {table.block_width}" if table.block_probe else ""
     return {
         "runtime": table.runtime,

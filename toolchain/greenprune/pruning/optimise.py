@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from greenprune.errors import PruningError
+from greenprune.errors import BudgetError, PruningError
 from greenprune.pruning.blocks import Block
 from greenprune.pruning.budget import Removed
 from greenprune.pruning.choices import Points, Space
@@ -87,8 +87,9 @@ def choose(
         seconds: the solver stops after this time; the best choice found counts.
 
     Raises:
-        PruningError: the limits cannot be met (the message names the smallest values that can), a
-            limit of an unpriced quantity, a price that is not finite; none found in the time.
+        BudgetError: the limits cannot be met; it names the smallest values that can.
+        PruningError: a limit of an unpriced quantity, a price that is not finite; none found in the
+            time.
     """
     started = time.monotonic()
     priced = {**exact_prices(analysis), **(prices or {})}
@@ -271,11 +272,12 @@ def _unreachable(
     most: Mapping[str, float],
     dense: Mapping[str, float],
     cheapest: Mapping[str, Points],
-) -> PruningError:
+) -> BudgetError:
     """The error for limits that no choice meets: it names the smallest value of each quantity."""
     said, alone = [], True
+    smallest = {name: float(space.costs(each)[name][0]) for name, each in cheapest.items()}
     for limit in limits:
-        least = float(space.costs(cheapest[limit.quantity])[limit.quantity][0])
+        least = smallest[limit.quantity]
         alone = alone and least <= most[limit.quantity]
         said.append(
             f"the smallest {limit.quantity} that can be reached is {least:.7g} "
@@ -283,10 +285,11 @@ def _unreachable(
             f"{most[limit.quantity]:.7g}"
         )
     gone = f"any of {len(space.inner)} blocks may go" if space.inner else "no block may go"
-    return PruningError(
+    return BudgetError(
         f"no choice within the budget was found: where widths are multiples of {space.multiple}, "
         f"at least {space.keep_at_least:.0%} of every group is kept and {gone}, "
         f"{'; '.join(said)}{'; each can be met alone, not all at once' if alone else ''}. Raise "
         "the budget, lower prune.width_multiple or prune.keep_at_least"
-        + ("" if space.inner else ", or allow blocks to go")
+        + ("" if space.inner else ", or allow blocks to go"),
+        smallest,
     )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from greenprune.errors import PruningError
+from greenprune.errors import BudgetError, PruningError
 from greenprune.pruning import budget, limits, optimise, removal, surgery
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.limits import Limit
@@ -120,11 +121,15 @@ def cut_within(
     whole_widths = _whole_widths(whole_analysis, analysis)
     seen: dict[str, list[tuple[float, float]]] = {limit.quantity: [] for limit in held}
     found: list[Settled] = []
+    least: dict[str, float] = {}  # where the prediction calls a limit out of reach: who knows
     for tries in range(1, TRIES + 1):
         asked = [
             Limit(
                 quantity=limit.quantity,
-                value=goals[limit.quantity] * _aim(seen.get(limit.quantity, [])),
+                value=max(
+                    goals[limit.quantity] * _aim(seen.get(limit.quantity, [])),
+                    least.get(limit.quantity, 0.0),
+                ),
             )
             for limit in terms.limits
         ]
@@ -139,10 +144,14 @@ def cut_within(
                 whole_widths=whole_widths,
                 blocks=blocks,
             )
-        except PruningError:
-            if not found:
+        except BudgetError as error:
+            if found:
+                break  # the next aim asks for more than can be had
+            held_least = {limit.quantity: error.smallest[limit.quantity] for limit in held}
+            if not held_least or least:
                 raise
-            break  # the next aim asks for more than can be had
+            least = held_least
+            continue
         same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
         if same is not None:
             if same.over <= 1:
@@ -245,17 +254,38 @@ def check_reachable(
     analysis: Analysis,
     example_input: Tensor,
     prices: Mapping[str, optimise.Prices],
+    shown: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Whether limits can be reached follows from structure and prices; unpriced ones are left out.
+
+    Args:
+        terms: see there.
+        network: the dense one, in eval mode.
+        analysis: of it.
+        example_input: [N, ...].
+        prices: of measured quantities.
+        shown: by quantity, a share of the dense network that a narrower one has been measured at,
+            whatever the prices say.
 
     Raises:
         PruningError: they cannot; the smallest values that can be reached are named.
     """
+    dense = {name: _total(each) for name, each in prices.items()}
     known = {"macs", "params", *prices}
+    open_to_doubt = [
+        limit
+        for limit in terms.limits
+        if limit.quantity in known
+        and not (
+            limit.quantity in shown
+            and shown[limit.quantity] * dense[limit.quantity]
+            <= limits.allowed(limit, dense[limit.quantity])
+        )
+    ]
     optimise.choose(
         analysis,
         {group.name: np.ones(group.channels) for group in analysis.groups},
-        [limit for limit in terms.limits if limit.quantity in known],
+        open_to_doubt,
         prices=prices,
         width_multiple=terms.width_multiple,
         keep_at_least=terms.keep_at_least,
