@@ -192,6 +192,32 @@ def x86_latency() -> str:
     return "\n".join([table(headings, rows), "", note])
 
 
+def x86_layers() -> str:
+    """Where the MACs' reduction does not arrive."""
+    result = read("x86_layers")
+    rows: list[list[str]] = []
+    for name, sizes in result["figures"]["networks"].items():
+        for size, found in sizes.items():
+            dense, half = found["dense"], found["half"]
+            row = [name, size, f"{dense['us']:.0f}", f"{half['us']:.0f}", "", "", ""]
+            if "macs" in dense:
+                fewer = dense["macs"] / half["macs"]
+                megabytes = dense["weights"] * (1 if "int8" in name else 4) / 1e6
+                row[4:] = [
+                    f"{dense['us'] / half['us']:.2f}x of {fewer:.2f}x",
+                    f"{dense['us'] / half['us'] / fewer:.2f}",
+                    f"{megabytes:.2f}",
+                ]
+            rows.append(row)
+    headings = ["", "layers that write", "dense, us", "pruned, us", "faster", "arrives"]
+    note = (
+        f"OpenVINO's own clock of each layer, batch 1, {result['figures']['threads']} threads, "
+        "pruned by width as above; layers that write maps of one size together. On "
+        f"{machine(result)}. `benchmarks/x86_layers.py`."
+    )
+    return "\n".join([table([*headings, "weights when dense, MB"], rows), "", note])
+
+
 def export_cost() -> str:
     """Ours over the bare exporter."""
     result = read("export_cost")
