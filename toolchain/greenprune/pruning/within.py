@@ -121,7 +121,7 @@ def cut_within(
     whole_widths = _whole_widths(whole_analysis, analysis)
     seen: dict[str, list[tuple[float, float]]] = {limit.quantity: [] for limit in held}
     found: list[Settled] = []
-    least: dict[str, float] = {}  # where the prediction calls a limit out of reach: who knows
+    least: dict[str, float] = {}  # of what is measured, where the prices call it out of reach
     for tries in range(1, TRIES + 1):
         asked = [
             Limit(
@@ -144,13 +144,12 @@ def cut_within(
                 whole_widths=whole_widths,
                 blocks=blocks,
             )
-        except BudgetError as error:
+        except PruningError as error:
             if found:
                 break  # the next aim asks for more than can be had
-            held_least = {limit.quantity: error.smallest[limit.quantity] for limit in held}
-            if not held_least or least:
+            if least or not held or not isinstance(error, BudgetError):
                 raise
-            least = held_least
+            least |= {limit.quantity: error.smallest[limit.quantity] for limit in held}
             continue
         same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
         if same is not None:
