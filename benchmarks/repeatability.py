@@ -44,7 +44,8 @@ def main() -> None:
     begin = time.monotonic()
     found = []
     for number in range(RUNS):
-        path = arguments.runs / f"{arguments.preset}-{arguments.runtime}-{number}.json"
+        name = f"{arguments.preset}-{arguments.runtime}-{arguments.threads}-{number}.json"
+        path = arguments.runs / name
         found.append(one_run(path, arguments, number))
         print(
             number, {c.variant: round(c.latency_ms["p50"].value, 5) for c in found[-1].candidates}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenprune.cores import session_threads
-from greenprune.errors import MissingPackageError
+from greenprune.errors import MissingPackageError, TargetError
 from greenprune.registry import Build, Capabilities, Runner
 from greenprune_targets import onnxruntime_cpu, openvino_cache
 from greenprune_targets.base import BaseTarget, refusal
@@ -60,16 +60,17 @@ class X86(BaseTarget):
         base, _ = self.check_runtime(runtime)
         if base == "onnxruntime":
             return onnxruntime_cpu.open_session(artifact, threads)
-        with refusal(artifact, base):
-            return OpenVinoRunner(partial(_compile_model, artifact, threads))
+        hashes = openvino_cache.hashes_of(artifact)
+        return OpenVinoRunner(partial(_compile_model, artifact, hashes, threads))
 
     def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
         """From the graph that the runtime makes of the artifact on this machine."""
         base, _ = self.check_runtime(runtime)
         if base == "onnxruntime":
             return onnxruntime_cpu.layer_precisions(artifact)
+        hashes = openvino_cache.hashes_of(artifact)
         with refusal(artifact, base):
-            layers = _compile_model(artifact, 0, 1).get_runtime_model().get_ops()
+            layers = _compile_model(artifact, hashes, 0, 1).get_runtime_model().get_ops()
         told = {layer.get_friendly_name(): layer.get_rt_info() for layer in layers}
         return {
             name: OPENVINO_PRECISIONS.get(str(info["runtimePrecision"].value), "other")
@@ -122,6 +123,8 @@ class OpenVinoRunner:
 
     def _run_any(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         with self._lock:
+            if self._one is None:
+                raise TargetError("this OpenVINO model was closed; open it again")
             if self._any is None:
                 self._any = self._compile_for(None)
         try:
@@ -136,12 +139,14 @@ class OpenVinoRunner:
 
     def close(self) -> None:
         """Drop the models and their requests."""
-        self._one = self._any = None
+        with self._lock:
+            self._one = self._any = self._shape = None
         self._requests.clear()
         self._requests_any.clear()
 
 
-def _compile_model(artifact: Path, threads: int, batch: int | None) -> Any:
+def _compile_model(artifact: Path, hashes: list[str], threads: int, batch: int | None) -> Any:
+    """For a batch, of an artifact that is still what it was when it was opened."""
     # ENABLE_CPU_PINNING stays as OpenVINO sets it: within this process's affinity mask.
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -149,7 +154,8 @@ def _compile_model(artifact: Path, threads: int, batch: int | None) -> Any:
         "INFERENCE_NUM_THREADS": session_threads(threads),
     }
     version = _openvino().get_version()
-    return openvino_cache.compile_model(_core(), version, artifact, batch, settings)
+    with refusal(artifact, "openvino"):
+        return openvino_cache.compile_model(_core(), version, artifact, hashes, batch, settings)
 
 
 def _quantise(model: Any, build: Build) -> Any:

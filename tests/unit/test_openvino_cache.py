@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("openvino", reason="pip install 'greenprune[x86]'")
 
 from greenprune.bundle import open_bundle
+from greenprune.errors import TargetError
 from greenprune.registry import load_target
 from greenprune_targets import x86
 
@@ -86,16 +88,36 @@ def test_batch_1_has_a_network_of_its_own_and_others_share_one(
     assert (core.compiled, len(list(kept.iterdir()))) == (2, 2), "both were kept"
 
 
-def test_threads_that_bring_another_batch_at_once_compile_it_once(
+def test_threads_at_once_get_their_own_answers_and_compile_once(
     kept: Path, artifact: Path, tiny_bundle: Path, core: Counting
 ) -> None:
-    many = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")[:4]
+    images = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")
     runner = load_target("x86").open(artifact, "openvino", 1)
+    parts = [images[at : at + size] for size in (1, 2) for at in range(8)] * 20
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: runner.run(many)["logits"], range(32)))
+        found = list(pool.map(lambda part: runner.run(part)["logits"], parts))
     assert core.compiled == 2
-    for each in found:
-        np.testing.assert_array_equal(each, found[0])
+    for part, each in zip(parts, found, strict=True):
+        np.testing.assert_allclose(each, runner.run(part)["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_what_changed_after_it_was_opened_is_not_mixed_in(
+    kept: Path, artifact: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    images = open_bundle(tiny_bundle).read_array("samples/replay_inputs.npy")
+    mine = tmp_path / artifact.name
+    for path in (artifact, artifact.with_suffix(".bin")):
+        shutil.copyfile(path, tmp_path / path.name)
+    runner = load_target("x86").open(mine, "openvino", 1)
+    weights = bytearray(mine.with_suffix(".bin").read_bytes())
+    weights[0] ^= 1
+    mine.with_suffix(".bin").write_bytes(weights)
+    runner.run(images[:1])
+    with pytest.raises(TargetError, match="has changed since it was opened"):
+        runner.run(images[:2])
+    runner.close()
+    with pytest.raises(TargetError, match="was closed"):
+        runner.run(images[:1])
 
 
 def test_an_answer_stays_when_the_next_one_is_computed(artifact: Path, tiny_bundle: Path) -> None:

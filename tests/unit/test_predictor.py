@@ -251,7 +251,9 @@ def plain() -> nn.Module:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def taught_by(measured: Callable[[float], float]) -> tuple[Predictor, list[float], list[float]]:
+def taught_by(
+    measured: Callable[[float], float], keep_at_least: float = 0.2
+) -> tuple[Predictor, list[float], list[float]]:
     """A predictor taught where networks take what ``measured`` makes of their sums; with what they
     took, and what it predicts of them."""
     network, example = plain().eval(), torch.zeros(2, 3, 32, 32)
@@ -277,7 +279,7 @@ def taught_by(measured: Callable[[float], float]) -> tuple[Predictor, list[float
         analysis,
         layers,
         width_multiple=BLOCK,
-        keep_at_least=0.2,
+        keep_at_least=keep_at_least,
         measure=measure,
     )
     predictor = Predictor(layers, table)
@@ -289,5 +291,10 @@ def test_whole_networks_teach_a_line() -> None:
     assert len(took) == 4
     assert took == sorted(took, reverse=True), "the dense network first, the narrowest last"
     np.testing.assert_allclose(predicted, took, rtol=1e-6)
-    shown = predictor.table.correction["narrowest_share"]
-    assert shown == pytest.approx(took[-1] / took[0])
+    told = predictor.table.correction
+    assert (told["dense_ms"], told["narrowest_ms"]) == (took[0], took[-1])
+
+
+def test_no_network_teaches_that_no_budget_can_lead_to() -> None:
+    _, took, _ = taught_by(lambda summed: summed, keep_at_least=0.75)
+    assert len(took) == 2

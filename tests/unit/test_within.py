@@ -257,12 +257,15 @@ def test_a_limit_that_the_prices_call_out_of_reach_is_measured(
 def test_what_a_measured_network_has_shown_is_not_refused(
     network: nn.Module, analysis: Analysis
 ) -> None:
-    terms = within.Terms(limits=limits.parse_all(["latency x0.1"]), width_multiple=8)
     prices = by_macs(network, analysis)
 
-    def check(share: float) -> None:
-        within.check_reachable(terms, network, analysis, EXAMPLE, prices, {"latency_ms": share})
+    def check(*texts: str) -> None:
+        terms = within.Terms(limits=limits.parse_all(texts), width_multiple=8)
+        shown = {"latency_ms": (20.0, 2.0)}
+        within.check_reachable(terms, network, analysis, EXAMPLE, prices, shown)
 
-    check(0.1)
-    with pytest.raises(BudgetError, match=r"latency x0\.1"):
-        check(0.11)
+    check("latency x0.1")
+    check("latency_ms <= 2")
+    for text in ("latency x0.099", "latency_ms <= 0.001"):
+        with pytest.raises(BudgetError, match=text.replace(".", r"\.")):
+            check(text)

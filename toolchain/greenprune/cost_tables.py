@@ -28,6 +28,8 @@ from greenprune.schema import encode
 
 TAUGHT_SHARES = (1.0, 0.7, 0.45)
 """Of the dense network's widths, of networks that teach what the sum over layers does not know."""
+RUNNERS = 2
+"""Raised where a target's runner changes what a network costs: tables of before are not taken."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def taught(
         measure: milliseconds of several networks, measured side by side on the table's runtime.
     """
     whole = np.array([group.channels for group in analysis.groups])
-    shares = np.array([*TAUGHT_SHARES, keep_at_least])
+    shares = np.array([*(share for share in TAUGHT_SHARES if share > keep_at_least), keep_at_least])
     widths = width_multiple * np.ceil(shares[:, None] * whole / width_multiple).astype(np.int64)
     lost = np.unique(whole - np.minimum(widths, whole), axis=0)  # [networks, groups]
     if len(lost) == 1:
@@ -182,7 +184,8 @@ def taught(
     correction = {
         "layer_us": found["intercept_us"] / len(layers),
         "slope": found["slope"],
-        "narrowest_share": measured_ms[-1] / measured_ms[0],  # the dense one comes first
+        "dense_ms": measured_ms[0],
+        "narrowest_ms": measured_ms[-1],
     }
     return replace(table, correction=correction)
 
@@ -276,7 +279,7 @@ def table_from_file(
 def _key(device: Target, runtime: str, threads: int) -> str:
     """A folder's name: tables in it were measured on one device in one way."""
     machine = cost_table.describe_machine(device)
-    content = [cost_table.SCHEMA_VERSION, device.name, machine, runtime, threads]
+    content = [cost_table.SCHEMA_VERSION, RUNNERS, device.name, machine, runtime, threads]
     return f"{device.name}-{runtime}-{storage.sha256_of(content)[:16]}"
 
 

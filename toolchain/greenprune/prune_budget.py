@@ -114,7 +114,7 @@ def price(work: Work) -> dict[str, Any]:
     if job.recipe.prune.cost_table is not None:
         carried = _carried(job, Path(job.recipe.prune.cost_table), layers)
         table = replace(carried, correction={})  # what other networks taught
-        told = "carried back"
+        source = "carried back"
     else:
         table = cost_tables.table_for(
             layers,
@@ -125,7 +125,7 @@ def price(work: Work) -> dict[str, Any]:
             grid_block=job.recipe.prune.width_multiple,
             joules=_in_joules(_limits(job.recipe)),
         )
-        told = f"{table.seconds:.0f} s of measuring"
+        source = f"{table.seconds:.0f} s of measuring"
     if load_target(target).is_here():
         table = _taught(job, network, analysis, layers, table)
     cost_table.write(table, work.folder / TABLE)
@@ -136,8 +136,8 @@ def price(work: Work) -> dict[str, Any]:
                 f"budget '{limit}': the cost table has no joules, since no meter measures where it "
                 "was made (`greenprune doctor` says why); ask for latency instead"
             )
-    narrowest = table.correction.get("narrowest_share")
-    shown = {"latency_ms": narrowest} if narrowest else {}
+    told = table.correction
+    shown = {"latency_ms": (told["dense_ms"], told["narrowest_ms"])} if told else {}
     for variant in parts.PRUNED:
         terms = terms_of(job, variant, _multiple(job, table.block_width))
         within.check_reachable(terms, network, analysis, example, prices, shown)
@@ -147,7 +147,7 @@ def price(work: Work) -> dict[str, Any]:
         "threads": table.threads,
         "block_width": table.block_width,
         "shapes": len(table.costs),
-        "headline": f"{len(table.costs)} shapes on {table.runtime} ({told}){probed}",
+        "headline": f"{len(table.costs)} shapes on {table.runtime} ({source}){probed}",
     }
 
 

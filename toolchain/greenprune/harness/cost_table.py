@@ -113,8 +113,8 @@ class CostTable:
     seconds: float = 0.0
     correction: dict[str, float] = field(default_factory=dict)
     """What whole networks taught: a network takes ``slope`` times the sum of its layers' latencies,
-    and ``layer_us`` for each of them; the narrowest took ``narrowest_share`` of the dense one's
-    latency. Empty: none did."""
+    and ``layer_us`` for each of them; the dense one took ``dense_ms``, the narrowest
+    ``narrowest_ms``. Empty: none did."""
 
 
 def find_block(points: Sequence[CostPoint]) -> int:

@@ -122,6 +122,7 @@ def cut_within(
     seen: dict[str, list[tuple[float, float]]] = {limit.quantity: [] for limit in held}
     found: list[Settled] = []
     least: dict[str, float] = {}  # of what is measured, where the prices call it out of reach
+    refused: BudgetError | None = None
     for tries in range(1, TRIES + 1):
         asked = [
             Limit(
@@ -147,14 +148,17 @@ def cut_within(
         except PruningError as error:
             if found:
                 break  # the next aim asks for more than can be had
-            if least or not held or not isinstance(error, BudgetError):
+            if refused is not None:
+                raise refused from error
+            if not held or not isinstance(error, BudgetError):
                 raise
+            refused = error
             least |= {limit.quantity: error.smallest[limit.quantity] for limit in held}
             continue
         same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
         if same is not None:
-            if same.over <= 1:
-                break  # nothing lies between this choice and what was too much
+            if same.over <= 1 or least:
+                break  # nothing lies between this choice and what was too much, or below it
             _note(seen, same)
             continue
         cut = removal.cut(
@@ -253,7 +257,7 @@ def check_reachable(
     analysis: Analysis,
     example_input: Tensor,
     prices: Mapping[str, optimise.Prices],
-    shown: Mapping[str, float] = MappingProxyType({}),
+    shown: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> None:
     """Whether limits can be reached follows from structure and prices; unpriced ones are left out.
 
@@ -263,23 +267,17 @@ def check_reachable(
         analysis: of it.
         example_input: [N, ...].
         prices: of measured quantities.
-        shown: by quantity, a share of the dense network that a narrower one has been measured at,
-            whatever the prices say.
+        shown: by quantity, what the dense network and a narrow one have been measured at, whatever
+            the prices say.
 
     Raises:
         PruningError: they cannot; the smallest values that can be reached are named.
     """
-    dense = {name: _total(each) for name, each in prices.items()}
     known = {"macs", "params", *prices}
     open_to_doubt = [
         limit
         for limit in terms.limits
-        if limit.quantity in known
-        and not (
-            limit.quantity in shown
-            and shown[limit.quantity] * dense[limit.quantity]
-            <= limits.allowed(limit, dense[limit.quantity])
-        )
+        if limit.quantity in known and not _is_shown(limit, shown.get(limit.quantity))
     ]
     optimise.choose(
         analysis,
@@ -290,6 +288,10 @@ def check_reachable(
         keep_at_least=terms.keep_at_least,
         blocks=surgery.removable_blocks(network, example_input) if terms.blocks else {},
     )
+
+
+def _is_shown(limit: Limit, measured: tuple[float, float] | None) -> bool:
+    return measured is not None and measured[1] <= limits.allowed(limit, measured[0])
 
 
 def described(settled: Settled) -> dict[str, Any]:
