@@ -6,14 +6,14 @@ ResNet-56 in fp32, batch 1, a thread a core for all; everything in a process of 
 
 - ONNX Runtime: a window of our harness, and a bare loop around `InferenceSession.run` with the same
   settings;
-- OpenVINO: the request of our runner, and `benchmark_app -hint latency -api sync` on the same .xml. Both tell the
-  latency of the inference request, which is all that benchmark_app tells: the call from Python
-  comes on top. A window of our harness, which has it, is set beside them.
+- OpenVINO: the request of our runner, and `benchmark_app -hint latency -api sync` on the same .xml.
+  Both tell the latency of the inference request, which is all that benchmark_app tells: the call
+  from Python comes on top. A window of our harness, which has it, is set beside them.
 
 The two of a pair take turns every 0.2 s, one stopped by SIGSTOP while the other works: on a virtual
 machine whose speed changes by the second both then meet the same. The ratio is ours over theirs,
-paired by round, with a 95% interval by order statistics; of the first two pairs it must contain 1 and
-reach 3% at most.
+paired by round, with a 95% interval by order statistics; of the first two pairs it must contain 1
+and reach 3% at most.
 """
 
 from __future__ import annotations
