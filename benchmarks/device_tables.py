@@ -212,7 +212,7 @@ def x86_layers() -> str:
     headings = ["", "layers that write", "dense, us", "pruned, us", "faster", "arrives"]
     note = (
         f"OpenVINO's own clock of each layer, batch 1, {result['figures']['threads']} threads, "
-        "pruned by width as above; layers that write maps of one size together; with cold caches, as "
+        "pruned by width as above; layers that write maps of one size together; with cold caches: "
         "dense and pruned take turns call by call. On "
         f"{machine(result)}. `benchmarks/x86_layers.py`."
     )
