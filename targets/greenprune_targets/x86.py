@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,14 @@ class X86(BaseTarget):
         base, _ = self.check_runtime(runtime)
         if base == "onnxruntime":
             return onnxruntime_cpu.open_session(artifact, threads)
-        hashes = openvino_cache.hashes_of(artifact)
-        return OpenVinoRunner(partial(_compile_model, artifact, hashes, threads))
+        return OpenVinoRunner(_compiler(artifact, threads))
 
     def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
         """From the graph that the runtime makes of the artifact on this machine."""
         base, _ = self.check_runtime(runtime)
         if base == "onnxruntime":
             return onnxruntime_cpu.layer_precisions(artifact)
-        hashes = openvino_cache.hashes_of(artifact)
-        with refusal(artifact, base):
-            layers = _compile_model(artifact, hashes, 0, 1).get_runtime_model().get_ops()
+        layers = _compiler(artifact, 0)(1).get_runtime_model().get_ops()
         told = {layer.get_friendly_name(): layer.get_rt_info() for layer in layers}
         return {
             name: OPENVINO_PRECISIONS.get(str(info["runtimePrecision"].value), "other")
@@ -145,17 +142,21 @@ class OpenVinoRunner:
         self._requests_any.clear()
 
 
-def _compile_model(artifact: Path, hashes: list[str], threads: int, batch: int | None) -> Any:
-    """For a batch, of an artifact that is still what it was when it was opened."""
+def _compiler(artifact: Path, threads: int) -> Callable[[int | None], Any]:
+    """Compiles for a batch, None for any, what the artifact is now."""
     # ENABLE_CPU_PINNING stays as OpenVINO sets it: within this process's affinity mask.
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": session_threads(threads),
     }
-    version = _openvino().get_version()
-    with refusal(artifact, "openvino"):
-        return openvino_cache.compile_model(_core(), version, artifact, hashes, batch, settings)
+    version, hashes = _openvino().get_version(), openvino_cache.hashes_of(artifact)
+
+    def compile_for(batch: int | None) -> Any:
+        with refusal(artifact, "openvino"):
+            return openvino_cache.compile_model(_core(), version, artifact, hashes, batch, settings)
+
+    return compile_for
 
 
 def _quantise(model: Any, build: Build) -> Any:

@@ -121,15 +121,14 @@ def cut_within(
     whole_widths = _whole_widths(whole_analysis, analysis)
     seen: dict[str, list[tuple[float, float]]] = {limit.quantity: [] for limit in held}
     found: list[Settled] = []
-    least: dict[str, float] = {}  # of what is measured, where the prices call it out of reach
-    refused: BudgetError | None = None
+    refused: BudgetError | None = None  # by the prices: then what is measured decides
     for tries in range(1, TRIES + 1):
         asked = [
             Limit(
                 quantity=limit.quantity,
                 value=max(
                     goals[limit.quantity] * _aim(seen.get(limit.quantity, [])),
-                    least.get(limit.quantity, 0.0),
+                    refused.smallest[limit.quantity] if refused and limit in held else 0.0,
                 ),
             )
             for limit in terms.limits
@@ -153,11 +152,10 @@ def cut_within(
             if not held or not isinstance(error, BudgetError):
                 raise
             refused = error
-            least |= {limit.quantity: error.smallest[limit.quantity] for limit in held}
             continue
         same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
         if same is not None:
-            if same.over <= 1 or least:
+            if same.over <= 1 or refused:
                 break  # nothing lies between this choice and what was too much, or below it
             _note(seen, same)
             continue
