@@ -212,8 +212,8 @@ def x86_layers() -> str:
     headings = ["", "layers that write", "dense, us", "pruned, us", "faster", "arrives"]
     note = (
         f"OpenVINO's own clock of each layer, batch 1, {result['figures']['threads']} threads, "
-        "pruned by width as above; layers that write maps of one size together; with cold caches: "
-        "dense and pruned take turns call by call. On "
+        "pruned by width as above; layers that write maps of one size together; dense and pruned "
+        "take turns in blocks of calls. On "
         f"{machine(result)}. `benchmarks/x86_layers.py`."
     )
     return "\n".join([table([*headings, "weights when dense, MB"], rows), "", note])
