@@ -244,6 +244,8 @@ def started(line: list[Any], ready: str, median: str) -> Contender:
     for said in process.stdout:
         if ready in said:
             break
+    else:
+        sys.exit(f"{line[0]} ended with status {process.wait()} before it said '{ready}'")
     stopped = psutil.Process(process.pid)
     stopped.suspend()
     process.stdin.write("go\n")

@@ -172,24 +172,41 @@ def x86_latency() -> str:
     ]
     resnet = figures["networks"]["resnet56"]
     accuracies = ", ".join(f"{key} {found:.2%}" for key, found in resnet["test_accuracy"].items())
-    best = min(
-        found["latency_ms"]["dense"]["value"]
-        for runtime, found in resnet["runtimes"].items()
-        if "int8" not in runtime
-    )
-    alone = resnet["arithmetic_ms"]["dense"]
     multiples = ", ".join(f"{found['width_multiple']} ({name})" for name, found in networks.items())
     note = (
         f"Batch 1, {figures['threads']} threads, every candidate in a process of its own, in "
         "alternating blocks; dense, and pruned by DRP to half of the MACs, widths on multiples of "
         f"{multiples}. "
         "*Arrives* is the real speed-up over the MACs' reduction. Accuracy of dense ResNet-56 on "
-        f"10,000 test images: {accuracies}. Arithmetic alone ({figures['peak_gmacs']:.0f} GMAC/s, "
-        f"this processor's best matrix product) would take its {best:.2f} ms {alone:.2f} ms: "
-        f"{best / alone:.1f} times the limit. {machine(result)}. `benchmarks/x86_latency.py`."
+        f"10,000 test images: {accuracies}. On {machine(result)}. `benchmarks/x86_latency.py`."
     )
     headings = ["", "dense, ms", "pruned, ms", "real speed-up", "arrives"]
     return "\n".join([table(headings, rows), "", note])
+
+
+def x86_limit() -> str:
+    """The dense networks beside a chain of matrix products."""
+    result = read("x86_limit")
+    networks = result["figures"]["networks"]
+    rows = [
+        [
+            f"{name}, {NAMES[runtime]}",
+            f"{network['macs'] / 1e6:,.0f}",
+            _ms(found["latency_ms"]),
+            _ratio(found["times_the_limit"], 2),
+        ]
+        for name, network in networks.items()
+        for runtime, found in network["runtimes"].items()
+    ]
+    rates = [network["products_gmacs"] for network in networks.values()]
+    products = {NAMES[network["products_on"]] for network in networks.values()}
+    note = (
+        f"fp32, batch 1, {result['figures']['threads']} threads. The limit is the rate of a chain "
+        f"of products of 1024x1024 matrices in the same alternating blocks, on the runtime that "
+        f"makes them fastest ({', '.join(sorted(products))}; {min(rates):.0f} to {max(rates):.0f} "
+        f"GMAC/s). On {machine(result)}. `benchmarks/x86_limit.py`."
+    )
+    return "\n".join([table(["", "million MACs", "ms", "times the limit"], rows), "", note])
 
 
 def x86_layers() -> str:

@@ -11,15 +11,12 @@ says how much of that arrives.
 
 With --depth ResNet-56 alone, where whole residual blocks go too and widths are on multiples of 16.
 
-For ResNet-56 the int8 accuracy on the 10,000 test images is told, before and after. *Arithmetic
-alone* is MACs over what this processor's best matrix product reaches in float32 with the same
-threads: no network can be faster in fp32.
+For ResNet-56 the int8 accuracy on the 10,000 test images is told, before and after.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -57,7 +54,6 @@ PRESET = replace(
 )
 """Short windows: what are compared stand near each other in time, on a machine whose speed changes
 by the second."""
-MATRIX, PRODUCTS = 1024, 30
 
 
 def main() -> None:
@@ -71,7 +67,6 @@ def main() -> None:
     begin = time.monotonic()
     torch.manual_seed(SEED)
     loaded = load_images(arguments.data, arguments.weights)
-    peak = peak_macs_per_second(arguments.threads)
     networks: dict[str, Any] = {}
     for name in ("resnet56",) if arguments.depth else MULTIPLES:
         dense, images = make(name, loaded, arguments.weights)
@@ -79,12 +74,12 @@ def main() -> None:
             half = in_depth(dense, images) if arguments.depth else in_width(name, dense, images)
             networks[name] = {
                 "width_multiple": 16 if arguments.depth else MULTIPLES[name],
-                **one(dense, half, images, Path(scratch), arguments.threads, peak),
+                **one(dense, half, images, Path(scratch), arguments.threads),
             }
             if name == "resnet56":
                 networks[name]["test_accuracy"] = accuracies(Path(scratch), loaded)
         print(name, networks[name], flush=True)
-    figures = {"threads": arguments.threads, "peak_gmacs": peak / 1e9, "networks": networks}
+    figures = {"threads": arguments.threads, "networks": networks}
     seconds = time.monotonic() - begin
     name = "x86_latency_depth" if arguments.depth else "x86_latency"
     print(write_result(name, seed=SEED, seconds=seconds, figures=figures, script="x86_latency"))
@@ -126,7 +121,7 @@ def in_depth(dense: nn.Module, images: Tensor) -> nn.Module:
 
 
 def one(
-    dense: nn.Module, half: nn.Module, images: Tensor, folder: Path, threads: int, peak: float
+    dense: nn.Module, half: nn.Module, images: Tensor, folder: Path, threads: int
 ) -> dict[str, Any]:
     """Build, race and judge one network."""
     costs = {"dense": count(dense, images[:1]).macs, "half": count(half, images[:1]).macs}
@@ -147,7 +142,6 @@ def one(
     return {
         "macs": costs,
         "mac_reduction": reduction,
-        "arithmetic_ms": {variant: 1e3 * macs / peak for variant, macs in costs.items()},
         "runtimes": {racer.runtime: rows(racer, reduction) for racer in found.racers},
         "chosen": fastest(found),
         "int8_layers": {
@@ -198,19 +192,6 @@ def accuracy(runner: Runner, loaded: data.Data) -> float:
             answers = runner.run(inputs)["logits"].argmax(axis=1)
             right.append(answers == split.targets[part].numpy())
     return float(np.concatenate(right).mean())
-
-
-def peak_macs_per_second(threads: int) -> float:
-    """The best of many square matrix products in float32."""
-    torch.set_num_threads(threads)
-    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    best = float("inf")
-    for _ in range(PRODUCTS):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    torch.set_num_threads(os.cpu_count() or 1)
-    return MATRIX**3 / best
 
 
 if __name__ == "__main__":

@@ -52,13 +52,15 @@ class MildLatency:
     """The 99th percentile of a network's latency, by size of batch, from its latest runs.
 
     A slow spell must not shut the network out for good: every ``seconds`` one call tries it
-    although it looks too slow, and if it was in time, what came before is forgotten.
+    although it looks too slow, and if it was in time, what came before is forgotten. The first run
+    of a size of batch does not count: a runtime compiles or allocates for it.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next_try = 0.0
         self._seen: dict[int, deque[float]] = {}
+        self._warm: set[int] = set()
 
     def p99(self, samples: int) -> float | None:
         """In seconds, for a batch of about ``samples``; None where nothing is known.
@@ -91,7 +93,9 @@ class MildLatency:
         elif left is not None and not self.fits(samples, left):
             self._seen.clear()
         size = samples.bit_length()
-        self._seen.setdefault(size, deque(maxlen=KEPT)).append(seconds)
+        if size in self._warm:
+            self._seen.setdefault(size, deque(maxlen=KEPT)).append(seconds)
+        self._warm.add(size)
 
 
 def percentile(values: Iterable[float], share: float) -> float:
