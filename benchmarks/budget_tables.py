@@ -76,6 +76,7 @@ def _measured_cost(name: str) -> str:
             rows.append(
                 [ARMS[arm], f"{found['arms'][arm]['macs_share']:.1%}", *latencies, accuracy]
             )
+    faster = _faster(result["figures"]["networks"])
     networks = result["figures"]["networks"]
     runtimes = list(next(iter(networks.values()))["runtimes"])
     priced = ", ".join(f"{network} by {found['priced']}" for network, found in networks.items())
@@ -87,7 +88,20 @@ def _measured_cost(name: str) -> str:
         "`benchmarks/measured_cost.py`, `measured_cost_accuracy.py`."
     )
     headings = ["", "MACs", *(f"{runtime}, ms" for runtime in runtimes), "accuracy"]
-    return "\n".join([table(headings, rows), "", note])
+    return "\n".join([table(headings, rows), "", faster, "", note])
+
+
+def _faster(networks: dict[str, Any]) -> str:
+    """How many times as fast as the arms (b) and (c) those of (d) are, where they were priced."""
+    headings = [ARMS["latency"], ARMS["latency_blocks"]]
+    rows = []
+    for network, found in networks.items():
+        measured = found["runtimes"][found["priced"]]
+        for arm in ("macs", "macs_8", "torch_pruning_8"):
+            over = measured[arm]["over"].values()
+            times = [f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]" for r in over]
+            rows.append([f"{network}, {found['priced']}: over {ARMS[arm]}", *times])
+    return table(["times as fast", *headings], rows)
 
 
 def _latency(row: dict[str, Any]) -> str:

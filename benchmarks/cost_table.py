@@ -5,10 +5,11 @@
 ResNet-56 (CIFAR form, 32x32) and torchvision's MobileNetV2 (224x224), with random weights, since
 latency does not depend on them. For each network and runtime: its table is measured; random widths
 are drawn, each group between a fifth of its channels and all of them, on multiples of the target's
-block; the pruned networks are measured, a few at a time, each in a process of its own, in
-alternating blocks. Errors are told of the sum of the table alone, and after the correction that
-whole networks teach, cross-validated: each network is predicted by a correction that was learned
-from the networks of the other folds.
+block; the pruned networks are measured, a few at a time beside the dense one, each in a process of
+its own, in alternating blocks: as shares of the dense network's latency, by block, so that races
+hours apart can be compared. Errors are told of the sum of the table alone, and after the correction
+that whole networks teach, cross-validated: each network is predicted by a correction that was
+learned from the networks of the other folds.
 
 What was measured is kept in DIR (default: greenprune-cost-table in the folder for temporary
 files), and the same command goes on where it was interrupted.
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from greenprune import cost_tables, models, storage
 from greenprune.harness import race
+from greenprune.harness.statistics import paired_ratio
 from greenprune.pruning.graph import Analysis, analyse
 from greenprune.pruning.layer_shapes import shapes_of
 from greenprune.pruning.predictor import Predictor, learn
@@ -46,6 +48,7 @@ TARGET = "x86"
 RUNTIMES = ("onnxruntime", "openvino")
 NETWORKS = {"resnet56": 32, "mobilenet_v2": 224}
 """And the height and width of their input."""
+DENSE = "dense"
 TOGETHER = 6
 """Networks in one race: more processes would only wait for each other."""
 FOLDS = 5
@@ -132,14 +135,15 @@ def measure(
 ) -> NDArray[np.float64]:
     """Milliseconds of each choice, float64 [choices]; those in the file ``kept`` are not repeated.
 
-    Choices are known there by what they lose.
+    Choices are known there by what they lose, with their share of the dense network's latency and
+    what that was in their race; the median of these makes all shares milliseconds.
     """
     choices = [
         {name: int(counts[place]) for name, counts in lost.items()}
         for place in range(len(next(iter(lost.values()))))
     ]
     keys = [storage.sha256_of(choice)[:16] for choice in choices]
-    known: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    known: dict[str, tuple[float, float]] = json.loads(kept.read_text()) if kept.exists() else {}
     todo = [place for place, key in enumerate(keys) if key not in known]
     for at in range(0, len(todo), TOGETHER):
         batch = todo[at : at + TOGETHER]
@@ -148,14 +152,22 @@ def measure(
                 network, analysis, {name: range(n) for name, n in choices[place].items() if n}
             )
             for place in batch
-        }
+        } | {DENSE: network}
         found = race_networks(
             TARGET, networks, [runtime], example, threads=threads, seed=SEED, preset=PRESET
         )
-        known |= {name: each.value for name, each in found.racers[0].latency_ms.items()}
+        blocks, latency = found.racers[0].blocks_ms, found.racers[0].latency_ms
+        known |= {
+            keys[place]: (
+                paired_ratio(blocks[keys[place]], blocks[DENSE]).value,
+                latency[DENSE].value,
+            )
+            for place in batch
+        }
         storage.write_json(kept, known)
         print(f"{kept.stem}: {min(at + TOGETHER, len(todo))} of {len(todo)} measured", flush=True)
-    return np.array([known[key] for key in keys])
+    shares, dense_ms = np.array([known[key] for key in keys]).T
+    return np.asarray(shares * np.median(dense_ms))
 
 
 def compare(summed: NDArray[np.float64], measured: NDArray[np.float64]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def x86_limit() -> str:
     products = {NAMES[network["products_on"]] for network in networks.values()}
     note = (
         f"fp32, batch 1, {result['figures']['threads']} threads. The limit is the rate of a chain "
-        f"of products of 1024x1024 matrices in the same alternating blocks, on the runtime that "
+        f"of products with matrices of 512x512 in the same alternating blocks, on the runtime that "
         f"makes them fastest ({', '.join(sorted(products))}; {min(rates):.0f} to {max(rates):.0f} "
         f"GMAC/s). On {machine(result)}. `benchmarks/x86_limit.py`."
     )

@@ -14,13 +14,15 @@ random ones, as latency does not depend on them:
 
 In the end all networks of one kind are measured in alternating blocks, each in a process of its
 own, on every runtime. The networks of ResNet-56 are kept under --runs, where
-``measured_cost_accuracy.py`` finds them.
+``measured_cost_accuracy.py`` finds them; so is what was found of each network, and the same command
+goes on with those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,7 +36,7 @@ from common import write_result
 from operating_points import resnet56_rates, vgg16_rates
 from torch import Tensor, nn
 
-from greenprune import cost_tables, data, models, schema
+from greenprune import cost_tables, data, models, schema, storage
 from greenprune.harness import race
 from greenprune.harness.statistics import paired_ratio
 from greenprune.pruning import budget, limits, optimise, record, removal, surgery, within
@@ -88,9 +90,12 @@ def main() -> None:
     runtimes = [runtime_name(name, arguments.precision) for name in ("onnxruntime", "openvino")]
     networks = {}
     for name in arguments.networks:
-        subject = make(name, loaded, arguments.weights)
         kept = arguments.runs / f"{name}_{arguments.precision}"
-        networks[name] = one(subject, runtimes, arguments.threads, kept)
+        found = kept / "figures.json"
+        if not found.exists():
+            subject = make(name, loaded, arguments.weights)
+            storage.write_json(found, one(subject, runtimes, arguments.threads, kept))
+        networks[name] = json.loads(found.read_text())
         print(name, networks[name], flush=True)
     name = "measured_cost" if arguments.precision == "fp32" else "measured_cost_int8"
     figures = {"threads": arguments.threads, "share": SHARE, "networks": networks}
@@ -289,12 +294,16 @@ def described(arms: Mapping[str, nn.Module], images: Tensor) -> dict[str, Any]:
 
 
 def rows(racer: race.Racer) -> dict[str, Any]:
-    """Milliseconds of each arm, and as shares of the dense network's, paired by block."""
-    dense = racer.blocks_ms["dense"]
+    """Milliseconds of each arm, as shares of the dense network's, and how many times as fast the
+    arms (d) are; ratios paired by block."""
+    dense, ours = racer.blocks_ms["dense"], ("latency", "latency_blocks")
     return {
         name: {
             "latency_ms": schema.encode(racer.latency_ms[name]),
             "of_dense": schema.encode(paired_ratio(blocks, dense)),
+            "over": {
+                own: schema.encode(paired_ratio(blocks, racer.blocks_ms[own])) for own in ours
+            },
         }
         for name, blocks in racer.blocks_ms.items()
     }

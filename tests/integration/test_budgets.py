@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from greenprune import api, cost_tables, prune_budget, whole_networks
+from greenprune.adaptive.selector import ScoredNetwork
 from greenprune.errors import MeasurementError, PruningError
 from greenprune.harness import cost_probe, cost_table
-from greenprune.harness.race import PRESET
+from greenprune.harness.race import PRESET, Race
 from greenprune.pruning import probe_graphs
 from greenprune.registry import load_target
 
@@ -38,6 +41,9 @@ def network():
         nn.Linear(128, 10),
     )
 """
+
+
+GROUPED = "nn.Conv2d(32, 32, 3, padding=1, groups=8)"
 
 
 @pytest.fixture
@@ -165,6 +171,39 @@ def test_joules_that_no_meter_measures_are_refused_before_training(
     with pytest.raises(PruningError, match=r"no joules.*ask for latency instead"):
         api.prune(overrides=asked, runs=tmp_path / "runs", name="joules")
     assert not (tmp_path / "runs" / "joules" / "train").exists()
+
+
+def test_steps_of_a_network_with_groups_and_its_head(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first step a convolution has fewer groups than the table knows; what is measured
+    is what will be shipped, with the selector's head."""
+    grouped = NETWORK.replace("nn.Conv2d(32, 32, 3, padding=1)", GROUPED, 1)
+    (tmp_path / "net.py").write_text(grouped)
+    raced: list[Mapping[str, nn.Module]] = []
+    race_networks = whole_networks.race_networks
+
+    def spy(target: str, networks: Mapping[str, nn.Module], *others: Any, **named: Any) -> Race:
+        raced.append(networks)
+        return race_networks(target, networks, *others, **named)
+
+    monkeypatch.setattr(whole_networks, "race_networks", spy)
+    asked = [
+        *overrides,
+        'prune.aggressive.budget=["latency x0.75"]',
+        "prune.steps=2",
+        "prune.between.epochs=1",
+    ]
+    made = api.prune(overrides=asked, runs=tmp_path / "runs", name="groups")
+    first, second = results_of(made["run"], "prune")["aggressive"]["budget"]
+    allowed = [step["measured"]["latency_ms"]["allowed"] for step in (first, second)]
+    dense = [step["measured"]["latency_ms"]["dense"] for step in (first, second)]
+    assert allowed[0] / dense[0] == pytest.approx(0.75**0.5)
+    assert allowed[1] / dense[1] == pytest.approx(0.75)
+    pairs = [networks for networks in raced if set(networks) == {"dense", "pruned"}]
+    assert pairs
+    assert all(isinstance(networks["pruned"], ScoredNetwork) for networks in pairs)
+    assert not any(isinstance(networks["dense"], ScoredNetwork) for networks in pairs)
 
 
 def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:

@@ -54,6 +54,10 @@ class FakeRunner:
 class FakeTarget:
     def __init__(self) -> None:
         self.runners = {name: FakeRunner(name) for name in ("mild", "aggressive", "dense")}
+        self.here = True
+
+    def is_here(self) -> bool:
+        return self.here
 
     def open(self, artifact: Path, runtime: str, threads: int) -> FakeRunner:
         runner = self.runners[artifact.stem]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from greenprune import bundle
+from greenprune import bundle, registry
 from greenprune.bundle import DialRow
 from greenprune.errors import BundleError
 from greenprune.runtime import AdaptiveSession, Policy, decide
@@ -184,6 +184,17 @@ def test_a_certificate_holds_where_it_was_made(dialled: Path, batch: Any) -> Non
             session.policy = policy
     session.policy = Policy(max_accuracy_loss=0.02, allow_uncertified=True)
     assert session.threshold == 0.6
+
+
+def test_a_certificate_does_not_hold_on_another_kind_of_machine(
+    dialled: Path, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.load_target("x86"), "here", False, raising=False)
+    session = AdaptiveSession(dialled)
+    assert ask(session, batch([0.9])).certified == (False,)
+    assert session.dial[1].reason.endswith("only, and this machine is another")
+    with pytest.raises(BundleError, match="certified"):
+        session.policy = Policy(max_accuracy_loss=0.02)
 
 
 def test_energies_are_those_of_the_networks_that_ran(dialled: Path, batch: Any) -> None:

@@ -115,6 +115,18 @@ def left(width: int, groups: Mapping[str, int], lost: Mapping[str, NDArray[np.in
     return width - sum(lost[group] * times for group, times in groups.items())
 
 
+def test_a_convolution_that_has_lost_groups_costs_in_proportion() -> None:
+    """The table knows it as it was."""
+    _, layers = analysed(mobile, (1, 3, 32, 32))
+    table = made_table(layers)
+    (whole,) = (layer for layer in layers if layer.shape.groups == 4)
+    cut = replace(whole, in_width=24, out_width=24)
+    (found,) = Predictor([cut], table).latency_ms({})
+    assert found == pytest.approx(true_cost(whole.shape, 32, 32) * 24 / 32 / 1000)
+    with pytest.raises(MeasurementError, match="4 groups"):
+        Predictor([replace(whole, in_width=64, out_width=64)], table)
+
+
 @pytest.mark.parametrize(("make", "size"), [(resnet20, 16), (mobile, 32)])
 def test_predictions_are_the_sum_of_the_layers_at_their_widths(
     make: Callable[[], nn.Module], size: int

@@ -11,9 +11,10 @@ from torch import nn
 
 from greenprune import compilation, cost_tables, models, processes, whole_networks
 from greenprune import stage_parts as parts
+from greenprune.adaptive import selector
 from greenprune.errors import MeasurementError, NotAvailableError, PruningError, StorageError
 from greenprune.harness import cost_plan, cost_table, protocol
-from greenprune.harness.cost_table import CostTable
+from greenprune.harness.cost_table import CostTable, LayerShape
 from greenprune.harness.race import Race
 from greenprune.pipeline import Job, Work, is_current
 from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
@@ -276,15 +277,16 @@ def price_of(job: Job) -> within.Price:
     table: CostTable = cost_table.read(job.place(STAGE) / TABLE)
     example = parts.example_of(job.data)
     dense = parts.load(job, "train")[0]
-    priced = {
-        layer.module: layer.shape
-        for layer in shapes_of(dense, example, surgery.analyse_and_try(dense, example))
-    }
+    priced: dict[str, list[LayerShape]] = {}
+    for layer in shapes_of(dense, example, surgery.analyse_and_try(dense, example)):
+        priced.setdefault(layer.module, []).append(layer.shape)
 
     def of(network: nn.Module, analysis: Analysis) -> dict[str, optimise.Prices]:
-        # what a removed block leaves may follow a layer otherwise; it was priced as it was
+        # what a removed block leaves may follow a layer otherwise, and a convolution in groups may
+        # have lost some; each call was priced as it was
+        calls = {module: iter(shapes) for module, shapes in priced.items()}
         layers = [
-            layer if layer.together else replace(layer, shape=priced[layer.module])
+            replace(layer, shape=next(calls[layer.module]))
             for layer in shapes_of(network, example, analysis)
         ]
         return Predictor(layers, table).prices()
@@ -293,7 +295,11 @@ def price_of(job: Job) -> within.Price:
 
 
 def measure_of(job: Job, variant: str) -> within.Measure | None:
-    """How two networks are measured side by side; None where the device is not here."""
+    """How two networks are measured side by side; None where the device is not here.
+
+    The aggressive one has a selector's head on, as it will be shipped: trained or not, it costs
+    the same.
+    """
     if not is_asked(job.recipe) or not load_target(job.recipe.compile.target).is_here():
         return None
     runtime = str(job.results(STAGE)["runtime"])
@@ -301,6 +307,9 @@ def measure_of(job: Job, variant: str) -> within.Measure | None:
     joules = _in_joules(limits.parse_all(getattr(job.recipe.prune, variant).budget))
 
     def measure(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
+        if variant == "aggressive":
+            classes, hidden = len(job.data.class_names), job.recipe.selector.hidden
+            pruned = selector.untrained(pruned, parts.example_of(job.data), classes, hidden)
         networks = {"dense": dense, "pruned": pruned}
         (racer,) = _race(job, networks, [runtime], joules=joules).racers
         latency, energy = racer.latency_ms, racer.energy_mj

@@ -133,7 +133,7 @@ def _within_budget(
     price, measured = prune_budget.price_of(job), prune_budget.measure_of(job, variant)
     subject, told, gone = first, [], None
     if settings.blocks and settings.steps > 1:
-        subject = _without_blocks(job, first, terms, price)
+        subject = _without_blocks(job, first, terms, price, measured)
         terms = replace(terms, blocks=False)
     for step in range(1, settings.steps + 1):
         settled = within.cut_within(
@@ -165,12 +165,18 @@ def _within_budget(
     return gone or {}, {**results, "budget": told, "removed_blocks": blocks}
 
 
-def _without_blocks(job: Job, first: Subject, terms: within.Terms, price: within.Price) -> Subject:
+def _without_blocks(
+    job: Job,
+    first: Subject,
+    terms: within.Terms,
+    price: within.Price,
+    measured: within.Measure | None,
+) -> Subject:
     """With several steps, the blocks that the whole way needs gone go before the first: a record
     has blocks go before channels, and no later step could take one."""
     example = parts.example_of(job.data)
     settled = within.cut_within(
-        terms, first.network, first.network, first.analysis, first.scores, example, price
+        terms, first.network, first.network, first.analysis, first.scores, example, price, measured
     )
     gone = settled.choice.removed_blocks
     if not gone:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greenprune import onnx_export, storage
+from greenprune.adaptive.selector import ScoredNetwork
 from greenprune.harness.presets import Preset
 from greenprune.harness.race import PRESET, Race, race
 from greenprune.registry import Build, load_target, split_runtime
@@ -32,7 +33,7 @@ def race_networks(
 
     Args:
         target: its name.
-        networks: by name, in eval mode.
+        networks: by name, in eval mode; with a selector's head where it is to be measured too.
         runtimes: by :func:`greenprune.registry.runtime_name`.
         images: that are replayed, normalised, float32 [N, C, H, W], N >= 2.
         calibration: of int8, float32 [N, C, H, W].
@@ -48,7 +49,9 @@ def race_networks(
         artifacts: dict[str, dict[str, Path]] = {runtime: {} for runtime in runtimes}
         for name, network in networks.items():
             graph = place / f"{name}.onnx"
-            onnx_export.export_onnx(network, images, graph, ["logits"])
+            scored = isinstance(network, ScoredNetwork)
+            names = ["logits", "score"] if scored else ["logits"]
+            onnx_export.export_onnx(network, images, graph, names)
             for runtime in runtimes:
                 base, precision = split_runtime(runtime)
                 needed = calibration if precision == "int8" else None

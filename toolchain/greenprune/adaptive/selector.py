@@ -87,6 +87,19 @@ class ScoredNetwork(nn.Module):
         return logits, self.head(features, logits)
 
 
+def untrained(
+    network: nn.Module, example_input: Tensor, classes: int, hidden: int
+) -> ScoredNetwork:
+    """A network and a head that has learned nothing, to measure what the two cost.
+
+    Raises:
+        PruningError: as :func:`tap`.
+    """
+    with torch.no_grad():
+        _, features = tap(network)(example_input)
+    return ScoredNetwork(network, SelectorHead(features.shape[1], classes, hidden)).eval()
+
+
 class MspNetwork(nn.Module):
     """A network and its maximum softmax probability: images -> (logits, score).
 

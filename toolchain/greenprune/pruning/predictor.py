@@ -45,6 +45,10 @@ class Predictor:
         self.layers = tuple(layers)
         self.table = table
         self._lookup = Lookup(table)
+        self._measured = {
+            costs.shape: sorted((point.out_width, point.in_width) for point in costs.points)
+            for costs in table.costs
+        }
         self._least = {
             costs.shape: (
                 min(point.in_width for point in costs.points),
@@ -130,9 +134,12 @@ class Predictor:
 
     def _price(self, layer: PricedLayer, find: _Find, ins: ArrayLike, outs: ArrayLike) -> Costs:
         """Of one layer, in micro-units; a convolution in groups costs in proportion to these."""
-        if layer.shape.groups > 1:
-            whole = find(layer.shape, layer.in_width, layer.out_width)
-            return np.asarray(whole * np.broadcast_arrays(ins, outs)[1] / layer.out_width)
+        if layer.shape.groups > 1:  # of the narrowest measured one that is as wide
+            measured = self._measured.get(layer.shape, [])
+            own = layer.out_width, layer.in_width  # which find() refuses, where none is
+            whole_out, whole_in = next((at for at in measured if at[0] >= own[0]), own)
+            whole = find(layer.shape, whole_in, whole_out)
+            return np.asarray(whole * np.broadcast_arrays(ins, outs)[1] / whole_out)
         least = self._least.get(layer.shape, (1, 1))
         return find(layer.shape, _at_least(ins, least[0]), _at_least(outs, least[1]))
 

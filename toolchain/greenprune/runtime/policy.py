@@ -152,12 +152,22 @@ def provenance(manifest: Manifest) -> str:
 def dial(manifest: Manifest, runtime: str) -> tuple[DialRow, ...]:
     """The rows of the manifest; certified are those whose certificate holds on ``runtime``."""
     record = manifest.selector
-    here = record.certified_on == manifest.setting(runtime)
+    here = _holds_here(manifest, runtime)
     elsewhere = f"certified on {record.certified_on or 'no device yet'} only"
+    if record.certified_on == manifest.setting(runtime):
+        elsewhere += ", and this machine is another"
     return tuple(
         row if here or not row.certified else replace(row, certified=False, reason=elsewhere)
         for row in record.table
     )
+
+
+def _holds_here(manifest: Manifest, runtime: str) -> bool:
+    """Whether the certificate was made on a machine like this one, for these answers."""
+    from greenprune import registry
+
+    alike = manifest.selector.certified_on == manifest.setting(runtime)
+    return alike and registry.load_target(manifest.target).is_here()
 
 
 def _certified_rows(manifest: Manifest, runtime: str) -> list[DialRow]:
@@ -174,12 +184,11 @@ def _point(threshold: float | None, loss: float, manifest: Manifest, runtime: st
         # The certificate's walk tests accepting nothing before all thresholds.
         return Point(threshold=None, certified=bool(certified))
     known = next((row for row in manifest.selector.table if row.threshold == threshold), None)
-    here = manifest.selector.certified_on == manifest.setting(runtime)
     return Point(
         threshold=threshold,
         certified=any(row.threshold == threshold for row in certified),
         coverage=known.coverage if known else 0.0,
-        reference=Reference.of_row(known) if known and here else None,
+        reference=Reference.of_row(known) if known and _holds_here(manifest, runtime) else None,
     )
 
 
