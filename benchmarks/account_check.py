@@ -118,8 +118,7 @@ def derive(rows: list[Json], results: Json, said: Json) -> Iterator[tuple[str, A
         mine = [row for row in rows if row["stage"] == stage["stage"]]
         name = f"stage {stage['stage']}"
         yield f"{name}: seconds", math.fsum(row["seconds"] for row in mine), stage["seconds"]
-        known = bool(mine) and all(row["joules"] is not None for row in mine)
-        joules = total([row["joules"] for row in mine]) if known else None
+        joules = total([row["joules"] for row in mine])
         yield f"{name}: joules", joules, stage["joules"]
         yield f"{name}: kgCO2e", joules and emitted(joules, host, pue), stage["kgco2e"]
     yield (

@@ -27,6 +27,7 @@ from greenprune.harness.environment import print_diagnosis
 from greenprune.harness.presets import find_preset
 from greenprune.harness.results import SCHEMA_VERSION, MeasuredWindow, MeterRecord, Results
 from greenprune.harness.statistics import (
+    coefficient_of_variation,
     order_interval,
     paired_ratio,
     raised_confidence,
@@ -292,6 +293,12 @@ def test_speed_up_is_paired_and_the_verdict_notes_drift() -> None:
     assert found.verdict.valid
     with pytest.raises(MeasurementError, match="dense on onnxruntime, mild on onnxruntime"):
         found.candidate("pair", "onnxruntime")
+
+
+def test_coefficient_of_variation_is_the_samples() -> None:
+    values = [1.0, 1.02, 0.98, 1.05, 0.97]
+    assert coefficient_of_variation(values) == pytest.approx(0.0320, abs=1e-4)  # by n: 0.0286
+    assert coefficient_of_variation([7.0]) == 0.0
 
 
 def test_verdict_fails_on_spread_and_unsteadiness() -> None:

@@ -15,17 +15,19 @@ from greenprune.harness.conditions import Reading, conditions_since, gpus, slowd
 from greenprune.meters import nvml
 
 
-def test_events_of_cores_and_of_a_jetson_are_counted(tmp_path: Path) -> None:
+def test_events_of_cores_packages_and_a_jetson_are_counted(tmp_path: Path) -> None:
     assert conditions.throttle_events(tmp_path) is None
     for name, text in (
         ("sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", "3\n"),
         ("sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count", "4\n"),
+        ("sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count", "5\n"),
+        ("sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_total_time_ms", "70\n"),
         ("sys/class/hwmon/hwmon2/oc1_event_cnt", "2\n"),
         ("sys/class/hwmon/hwmon2/oc2_event_cnt", "not a number\n"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert conditions.throttle_events(tmp_path) == 9
+    assert conditions.throttle_events(tmp_path) == 14
 
 
 def test_own_time_is_no_background_and_a_throttle_is_a_cause(

@@ -112,7 +112,46 @@ def test_damaged_results_are_refused_by_name(tmp_path: Path, change: Any, messag
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])
+def first_window(content: Any) -> Any:
+    return content["candidates"][0]["windows"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: first_window(c)["latency"].update(mean_ns=0),
+            r"\[0\]\.latency\.mean_ns: expect",
+        ),
+        (lambda c: first_window(c).update(inferences=0), "inferences: expected above 0, got 0"),
+        (lambda c: first_window(c).update(seconds=-1.0), "seconds: expected above 0"),
+        (lambda c: first_window(c)["energy"].update(value=0, low=0), "energy: expected low <="),
+        (lambda c: first_window(c)["latency"].update(mean_ns=float("nan")), "finite .* got NaN"),
+        (lambda c: first_window(c)["energy"].update(high=float("inf")), "got Infinity"),
+        (lambda c: first_window(c).update(inferences=10**400), "expected finite numbers"),
+        (lambda c: c["candidates"][1]["speedup"].update(low=9.0), "speedup: expected low <= value"),
+        (
+            lambda c: c["candidates"][1]["energy_mj"].update(value=-1.0, low=-2.0),
+            "energy_mj: expected low <= value",
+        ),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    tmp_path: Path, change: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = tmp_path / "results.json", tmp_path / "good.json"
+    for each in (path, good):
+        write_results(each, scattered(0))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(MeasurementError, match=message):
+        read_results(path)
+    assert gate("--compare", good, path) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", "[" * 200_000])
 def test_what_is_no_results_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.json"
     path.write_bytes(text.encode("latin-1"))
@@ -294,6 +333,29 @@ def test_what_cannot_be_compared_is_an_error() -> None:
     without = compare_results(old, relabelled(new, None))
     assert {change.quantity for change in without.changes} == {"latency"}
     assert any("joules are not compared" in words for words in without.differences)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "changes", "why"),
+    [
+        ("measured_counter", {"name": "rapl+nvml"}, "different meters"),
+        ("measured_counter", {"scope": "package and dram"}, "other parts of the machine"),
+        ("estimated_model", {"tdp_watts": 15.0}, "estimated from another TDP"),
+        ("measured_counter", {"tdp_watts": 15.0}, ""),  # the counter was read
+    ],
+)
+def test_joules_of_another_meter_are_no_regression(
+    provenance: Any, changes: dict[str, Any], why: str
+) -> None:
+    old, new = (relabelled(scattered(seed, 1 + 0.5 * seed), provenance) for seed in (0, 1))
+    new = dataclasses.replace(new, meter_record=dataclasses.replace(new.meter_record, **changes))
+    compared = compare_results(old, new)
+    assert compared.regression  # of latency, in any case
+    quantities = {change.quantity for change in compared.changes}
+    assert quantities == ({"latency"} if why else {"latency", "energy"})
+    told = [words for words in compared.differences if words.startswith("joules are not compared")]
+    assert len(told) == bool(why)
+    assert all(why in words for words in told)
 
 
 def test_an_estimate_is_called_one_and_less_than_the_threshold_nothing() -> None:

@@ -54,10 +54,12 @@ from greenprune.nncec.words import (
     joules,
     life_carbon,
     life_table,
+    provenance,
     quantity,
     rounded,
     saved_carbon,
     spent,
+    stage_carbon,
     stage_joules,
     stages_table,
 )
@@ -498,6 +500,31 @@ def test_account_without_measurements_says_what_is_missing() -> None:
     assert found.intensity is WORLD
 
 
+@pytest.mark.parametrize("absurd", [0, -1, 10**400])
+def test_life_without_inferences_or_of_too_many_is_refused(absurd: int) -> None:
+    with pytest.raises(MeasurementError, match=r"inferences = .*: expected 1 or more"):
+        account([], neighbour("test_harness").results(), inferences=absurd)
+
+
+def test_stage_that_was_measured_in_part_is_a_lower_bound_everywhere() -> None:
+    rows = [row("train", 100.0), row("prune", 50.0), row("prune", None, note="stuck")]
+    found = account(rows, None)
+    prune = found.stages[1]
+    assert known(prune.joules).value == 50.0
+    assert stage_joules(found, prune).startswith("at least 50")
+    assert stage_carbon(found, prune).startswith("at least ")
+    assert provenance(prune) == "ESTIMATE: stuck"
+    assert known(found.total_kwh).value == pytest.approx(
+        sum(known(total.joules).value for total in found.stages) / 3.6e6
+    )
+    pytest.importorskip("matplotlib")
+    from greenprune.nncec import account_plots
+
+    plot = account_plots.stages_bar(found)
+    assert plot is not None
+    assert "150 J over 2 stages" in plot.svg
+
+
 def test_pue_below_one_is_refused() -> None:
     for absurd in (0.9, 156.0, math.nan):
         with pytest.raises(MeasurementError, match=r"1\.0 or more, and at most 5"):
@@ -556,6 +583,40 @@ def test_finished_stage_without_a_row_is_unmeasured(job: Job) -> None:
     assert gone.variants["mild"].break_even.inferences is None
     assert gone.variants["mild"].saved_kgco2e is None
     assert spent(gone) == "not measured"
+
+
+def test_manifest_marks_joules_of_an_invalid_measurement(job: Job) -> None:
+    results = neighbour("test_harness").results()
+    failed = dataclasses.replace(results.verdict, valid=False, failures=("hot",))
+    for verdict in (results.verdict, failed):
+        told = deployment._energy_mj(job, dataclasses.replace(results, verdict=verdict))
+        assert {found["valid"] for found in told.values()} == {verdict.valid}
+
+
+def test_joules_of_a_device_elsewhere_take_the_place_of_the_runs_own(job: Job) -> None:
+    from greenprune.harness import write_results
+
+    path, name = job.folder / "carried-back.json", job.recipe.name
+    ours = neighbour("test_harness").results(factor=0.25)
+    for bundle, target in ((name, "jetson"), ("another", "x86")):
+        write_results(path, dataclasses.replace(ours, bundle=bundle, target=target))
+        with pytest.raises(RunError, match=f"'{bundle}' for '{target}'; expected .* '{name}'"):
+            deployment.measured_elsewhere(job, path)
+    (job.folder / "bundle-jetson").mkdir()
+    content = json.loads((job.folder / "prune" / STAGE_FILE).read_text())
+    content |= {"stage": "bundle-jetson", "started": "2026-01-09"}
+    (job.folder / "bundle-jetson" / STAGE_FILE).write_text(json.dumps(content))
+    written = dataclasses.replace(ours, bundle=name, target="jetson")
+    write_results(path, written)
+    there, results = deployment.measured_elsewhere(job, path)
+    assert results == written
+    assert there.bundle == job.folder / "bundle-jetson" / "bundle"
+    entered = ledger.scan(job.folder / LEDGER_FILE)
+    device, own = deployment.account_from(there, entered, results), account_of(job)
+    assert known(device.variants["mild"].counted_mj).value == pytest.approx(
+        known(own.variants["mild"].counted_mj).value / 2
+    )
+    assert device.pruning_joules == own.pruning_joules
 
 
 def test_copied_line_counts_once(job: Job) -> None:
@@ -641,6 +702,9 @@ def test_lives_meet_at_the_break_even_whatever_the_medians_are() -> None:
         ({"pue": 0.5}, "pue: expected"),
         ({"pue": math.nan}, "pue: expected"),
         ({"seconds": 99.0, "identity": "prune 1"}, "identity: expected one of its own"),
+        ({"joules": {"value": 1.0, "low": 0.5, "high": 2.0}}, "kwh.value: expected 2.77778e-07"),
+        ({"pue": 2.0}, "kgco2e.value: expected"),
+        ({"intensity_g_per_kwh": {"value": 400.0, "low": 400.0, "high": 500.0}}, "kgco2e.high: "),
     ],
 )
 def test_row_that_cannot_be_is_damage(damage: dict[str, Any], fault: str, tmp_path: Path) -> None:
@@ -652,6 +716,31 @@ def test_row_that_cannot_be_is_damage(damage: dict[str, Any], fault: str, tmp_pa
     assert [kept.stage for kept in found.rows] == ["prune"]
     assert len(found.unreadable) == 1
     assert fault in found.unreadable[0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    ends=st.lists(st.floats(0, 1e15), min_size=3, max_size=3).map(sorted),
+    intensity=st.just(445.0) | st.floats(1e-6, 2000),
+    pue=st.floats(1, 5),
+)
+def test_every_row_that_is_written_is_sound(
+    ends: list[float], intensity: float, pue: float
+) -> None:
+    low, value, high = ends
+    spent = dataclasses.replace(energy(1.0), value=value, low=low, high=high)
+    entered = stage_row(
+        identity="train 1",
+        stage="train",
+        seconds=1.0,
+        energy=spent,
+        intensity_g_per_kwh=intensity,
+        pue=pue,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.jsonl"
+        ledger.append(path, entered)
+        assert ledger.scan(path) == ledger.Content(rows=(entered,), unreadable=())
 
 
 def test_deep_nesting_is_damage_of_its_line(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from greenprune.nncec.ledger import stage_row
 from greenprune.nncec.life import Embodied, Fleet
 from greenprune.nncec.plots import dial_points, latency_share
 from greenprune.nncec.report import headline, write_report
+from greenprune.nncec.words import break_evens, life_table
 
 
 def neighbour(name: str) -> ModuleType:
@@ -285,6 +286,24 @@ def test_headline_claims_only_what_is_shown() -> None:
     assert "no clear difference" in headline(SUMMARY, changed)
 
 
+def test_page_of_an_invalid_measurement_says_so_beside_its_claims(tmp_path: Path) -> None:
+    results = measured()
+    failed = dataclasses.replace(results.verdict, valid=False, failures=("hot",))
+    results = dataclasses.replace(results, verdict=failed)
+    text = headline(SUMMARY, results)
+    assert "2.00 times" in text  # figures stay
+    assert text.endswith("preset quick; the measurement is NOT VALID.")
+    assert "VALID" not in headline(SUMMARY, measured())
+    found = accounted(results)
+    (paid,) = {told.rpartition(", ")[2] for told in break_evens(found).values()}
+    assert paid == "by a measurement that is NOT VALID"
+    plot = account_plots.break_even_curve(found, "J")
+    assert plot is not None
+    assert "by a measurement that is NOT VALID" in plot.note
+    assert "NOT VALID" in str(life_table(found).title)
+    assert "VALID" not in str(break_evens(accounted(measured())))
+
+
 def on(runtime: str, candidate: Candidate, **changes: Any) -> Candidate:
     return dataclasses.replace(candidate, runtime=runtime, **changes)
 
@@ -465,6 +484,7 @@ def test_command_answers_machines(
     asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command("--carbon", "--json", "--devices", "3") == 0
+    assert asked["results"] is None
     answer = json.loads(capsys.readouterr().out)
     assert answer["account"]["fleet"] == {"per_day": 1000.0, "years": 3.0, "devices": 3}
     assert answer["account"]["variants"]["mild"]["break_even_co2"]["inferences"]["value"] > 0
@@ -477,6 +497,7 @@ def test_command_answers_machines(
     ("arguments", "message"),
     [
         ("--devices 0", "devices = 0: expected 1 or more"),
+        (f"--devices {'9' * 400}", "and at most 1,000,000,000,000"),
         ("--per-day -5", "inferences a day = -5: expected above 0"),
         ("--years 500", "years = 500: expected above 0 and at most 100"),
         ("--intensity -1", "above 0 and at most 2,000"),

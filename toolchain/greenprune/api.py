@@ -238,19 +238,23 @@ def report(
     output: Path | None = None,
     runs: Path = RUNS,
     account: Account | None = None,
+    results: Path | None = None,
 ) -> Path:
     """Write a finished run's report again; by default in the run's folder, as ``report.html``.
 
     A summary in Markdown is written beside it. ``account`` is what :func:`carbon` made; None: the
-    one of the recipe's settings, from the ledger as it is now.
+    one of the recipe's settings, from the ledger as it is now. ``results`` is as in :func:`carbon`.
     """
     job = finished_job(run_folder, runs=runs)
-    account = account or carbon(job.folder)
-    from greenprune import summary
+    account = account or carbon(job.folder, results=results)
+    from greenprune import deployment, summary
     from greenprune.nncec.report import write_report
 
+    measured = None
+    if results is not None:
+        job, measured = deployment.measured_elsewhere(job, results)
     destination = output or job.folder / "report.html"
-    write_report(destination, **summary.report_input(job, account))
+    write_report(destination, **summary.report_input(job, account, measured))
     return destination
 
 
@@ -263,14 +267,16 @@ def carbon(
     pue: float | None = None,
     fleet: Fleet | None = None,
     embodied: Embodied | None = None,
+    results: Path | None = None,
 ) -> Account:
     """The account in joules and carbon of a finished run and of a life in use.
 
     What is None is the recipe's; see :func:`greenprune.nncec.account.account`. Lines of the ledger
-    that cannot be read are named in ``Account.unreadable``, and the others are counted.
+    that cannot be read are named in ``Account.unreadable``, and the others are counted. ``results``
+    is a file of what a device elsewhere measured of this run's bundle; None: the run's own.
 
     Raises:
-        RunError: there is no finished run.
+        RunError: there is no finished run, or ``results`` are of another bundle.
         MeasurementError: an intensity, a PUE, a fleet or a device that cannot be.
     """
     job = finished_job(run_folder, runs=runs)
@@ -278,6 +284,9 @@ def carbon(
     from greenprune import deployment
     from greenprune.nncec import ledger
 
+    measured = None
+    if results is not None:
+        job, measured = deployment.measured_elsewhere(job, results)
     given = {
         "intensity_g_per_kwh": intensity,
         "device_intensity_g_per_kwh": device_intensity,
@@ -288,6 +297,7 @@ def carbon(
     return deployment.account_from(
         job,
         ledger.scan(job.folder / LEDGER_FILE),
+        measured,
         **{key: value for key, value in given.items() if value is not None},
     )
 

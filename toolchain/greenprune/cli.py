@@ -192,6 +192,12 @@ def export(
 @click.option("--pue", type=float, help="PUE of the host.  [default: the recipe's]")
 @click.option("--embodied", type=float, metavar="KG", help="kgCO2e of making one device.")
 @click.option("--lifetime", type=float, metavar="YEARS", help="Of a device.  [default: 5]")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What greenprune-bench measured of this run's bundle on a device elsewhere.",
+)
 @runs_option
 @as_json
 def report(
@@ -206,6 +212,7 @@ def report(
     pue: float | None,
     embodied: float | None,
     lifetime: float | None,
+    results: Path | None,
     runs: Path,
     as_json: bool,
 ) -> None:
@@ -241,8 +248,9 @@ def report(
         else life.Embodied(
             device_kgco2e=embodied, **({} if lifetime is None else {"lifetime_years": lifetime})
         ),
+        results=results,
     )
-    page = api.report(run, output=output, runs=runs, account=account)
+    page = api.report(run, output=output, runs=runs, account=account, results=results)
     if as_json:
         print_json({"report": str(page), **({"account": schema.encode(account)} if carbon else {})})
     else:

@@ -29,6 +29,7 @@ from greenprune.pipeline import (
     Stage,
     Work,
     counted_as,
+    is_current,
     ledger_identity,
     read_stage,
 )
@@ -369,12 +370,16 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def _energy_mj(job: Job, results: Results) -> dict[str, dict[str, Any]]:
-    """The manifest's measured columns: each variant on the bundle's runtime."""
+    """The manifest's measured columns: each variant on the bundle's runtime.
+
+    ``valid`` is the verdict's: whoever reads the joules of a measurement that failed must see it.
+    """
     return {
         found.variant: {
             **{key: getattr(found.energy_mj, key) for key in ("value", "low", "high")},
             "provenance": found.energy_mj.provenance,
             "preset": results.preset,
+            "valid": results.verdict.valid,
         }
         for found in results.candidates
         if found.runtime == default_runtime(job) and found.energy_mj is not None
@@ -386,6 +391,25 @@ def results_of(job: Job) -> Results:
     return read_results(job.place(f"bench-{job.recipe.compile.target}") / "results.json")
 
 
+def measured_elsewhere(job: Job, path: Path) -> tuple[Job, Results]:
+    """What a device measured of this run's bundle, and the run as of that bundle's target.
+
+    Raises:
+        MeasurementError: the file is no results.
+        RunError: they are of another bundle.
+    """
+    results = read_results(path)
+    settings = replace(job.recipe.compile, target=results.target)
+    found = Job(replace(job.recipe, compile=settings), job.folder)
+    if results.bundle != job.recipe.name or not is_current(job.folder, found.bundle_stage):
+        raise RunError(
+            f"{path}: results of the bundle '{results.bundle}' for '{results.target}'; expected "
+            f"those of one of '{job.recipe.name}', made by this run: measure the bundle that "
+            f"greenprune-export makes of {job.folder}, or name the run that it was made of"
+        )
+    return found, results
+
+
 def account(work: Work) -> dict[str, Any]:
     """The carbon account: what the stages cost, what an inference costs, when it has paid."""
     rows = ledger.read(work.job.folder / LEDGER_FILE)
@@ -395,9 +419,11 @@ def account(work: Work) -> dict[str, Any]:
     return {}
 
 
-def account_from(job: Job, entered: ledger.Content, **changes: Any) -> accounting.Account:
+def account_from(
+    job: Job, entered: ledger.Content, results: Results | None = None, **changes: Any
+) -> accounting.Account:
     """The account of these rows by the recipe's settings; ``changes`` are arguments of
-    :func:`greenprune.nncec.account.account` that go before them.
+    :func:`greenprune.nncec.account.account` that go before them. ``results``: None: the run's own.
 
     Every finished stage should have a row; one that has none is named, not taken as free.
     """
@@ -416,7 +442,7 @@ def account_from(job: Job, entered: ledger.Content, **changes: Any) -> accountin
         ],
         "incomplete": [name for name, stage in stages if stage.get("resumed")],
     }
-    return accounting.account(rows, results_of(job), **(terms | changes))
+    return accounting.account(rows, results or results_of(job), **(terms | changes))
 
 
 def finished_stages(job: Job) -> list[dict[str, Any]]:

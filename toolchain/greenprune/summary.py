@@ -99,15 +99,18 @@ def _pair_cost(job: Job, coverage: float) -> tuple[int, int]:
     return macs, aggressive["params"] + mild["params"]
 
 
-def report_input(job: Job, account: Account) -> dict[str, Any]:
-    """The arguments of :func:`greenprune.nncec.report.write_report` beside its path."""
+def report_input(job: Job, account: Account, elsewhere: Results | None = None) -> dict[str, Any]:
+    """The arguments of :func:`greenprune.nncec.report.write_report` beside its path.
+
+    ``elsewhere`` is what a device measured, in place of the run's own results.
+    """
     pruned = job.results("prune")
     certified = job.results(f"certify-{job.recipe.compile.target}")
-    results = deployment.results_of(job)
+    results = elsewhere or deployment.results_of(job)
     summary = {
         "name": job.recipe.name,
         "seed": job.recipe.seed,
-        "machine": describe_environment(),
+        "machine": elsewhere.environment_before if elsewhere else describe_environment(),
         "variants": {variant: _variant(job, variant, results) for variant in VARIANTS},
         "selector": {**job.results("selector"), **certified},
         "dial": {

@@ -117,9 +117,12 @@ def conditions_since(before: Reading, *, gpu: bool = False) -> Conditions:
 
 
 def throttle_events(root: Path = Path("/")) -> int | None:
-    """How often cores were throttled since the start of the system: x86 cores, Jetson's SoC."""
+    """Throttle events since the start of the system: x86 cores and packages, Jetson's SoC.
+
+    Every core tells its package's count too: the sum is there to be compared with a later one.
+    """
     patterns = (
-        "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count",
+        "sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count",
         "sys/class/hwmon/hwmon*/oc*_event_cnt",
     )
     texts = [read_text(path) for pattern in patterns for path in root.glob(pattern)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,11 +75,17 @@ def read_results(path: Path) -> Results:
     """Read what :func:`write_results` wrote of one bundle.
 
     Raises:
-        MeasurementError: the file is missing, not JSON, or of another schema.
+        MeasurementError: the file is missing, not JSON, of another schema, or has figures that
+            cannot be.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_float=_finite,
+            parse_int=_whole,
+            parse_constant=_finite,
+        )
+    except (OSError, ValueError, RecursionError) as error:
         raise MeasurementError(
             f"{path}: expected results written by greenprune-bench: {error}"
         ) from error
@@ -99,7 +106,40 @@ def read_results(path: Path) -> Results:
         _refuse_unknown(content[name], Environment, f"{path}: {name}")
         for gpu in content[name]["gpus"]:
             _refuse_unknown(gpu, GpuState, f"{path}: {name}.gpus")
+    _refuse_nonsense(content["candidates"], f"{path}: candidates")
     return results
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"expected finite numbers, got {text[:20]}")
+    return number
+
+
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+def _refuse_nonsense(content: Any, where: str) -> None:
+    """Figures of the right type that no measurement has; ratios would be taken of them."""
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            _refuse_nonsense(part, f"{where}[{index}]")
+    if not isinstance(content, dict):
+        return
+    for key in {"seconds", "inferences", "mean_ns"} & set(content):
+        if content[key] <= 0:
+            raise MeasurementError(f"{where}.{key}: expected above 0, got {content[key]}")
+    if {"value", "low", "high"} <= set(content):
+        low, value, high = (content[end] for end in ("low", "value", "high"))
+        if not (low <= value <= high and value > 0):
+            raise MeasurementError(
+                f"{where}: expected low <= value <= high and a value above 0, got {low}, {value}, "
+                f"{high}"
+            )
+    for key, part in content.items():
+        _refuse_nonsense(part, f"{where}.{key}")
 
 
 def _refuse_unknown(content: dict[str, Any], kind: type[Any], where: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from greenprune.errors import MeasurementError
 from greenprune.harness.environment import Environment
-from greenprune.harness.results import Candidate, Results
+from greenprune.harness.results import Candidate, MeterRecord, Results
 from greenprune.harness.statistics import (
     THRESHOLD,
     Interval,
@@ -111,7 +111,8 @@ def compare_results(old: Results, new: Results, *, threshold: float = THRESHOLD)
     pairs = [(each, new.candidate(each.variant, each.runtime)) for each in old.candidates]
     for pair in pairs:
         _check_energy(*pair)
-    samples = [sample for pair in pairs for sample in _samples(*pair)]
+    joules = not _other_joules(old.meter_record, new.meter_record)
+    samples = [sample for pair in pairs for sample in _samples(*pair, joules=joules)]
     confidence = raised_confidence(len(samples))
     changes = tuple(_change(*sample, confidence, threshold) for sample in samples)
     return Comparison(
@@ -145,13 +146,24 @@ def _check_energy(old: Candidate, new: Candidate) -> None:
         )
 
 
+def _other_joules(old: MeterRecord, new: MeterRecord) -> str:
+    """Why the joules of the two cannot be set against each other; empty where they can."""
+    if (old.provenance is None) != (new.provenance is None):
+        return "only one of the two has them"
+    if (old.name, old.scope) != (new.name, new.scope):
+        return "they are of different meters, or of other parts of the machine"
+    if old.provenance == "estimated_model" and old.tdp_watts != new.tdp_watts:
+        return "they are estimated from another TDP"
+    return ""
+
+
 def _samples(
-    old: Candidate, new: Candidate
+    old: Candidate, new: Candidate, *, joules: bool
 ) -> Iterator[tuple[Candidate, Literal["latency", "energy"], list[float], list[float]]]:
-    """What is compared: each window's mean, old and new; energies where both have them."""
+    """What is compared: each window's mean; energies if ``joules`` and both have them."""
     yield old, "latency", mean_latencies_ms(old.windows), mean_latencies_ms(new.windows)
     energies = energies_mj(old.windows), energies_mj(new.windows)
-    if all(energies):
+    if joules and all(energies):
         yield old, "energy", *energies
 
 
@@ -205,8 +217,8 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
     for what, was, now in (*settings, *machine):
         if was != now:
             yield f"{what}: {_words(was, now)} (old), {_words(now, was)} (new)"
-    if (old.meter_record.provenance is None) != (new.meter_record.provenance is None):
-        yield "joules are not compared: only one of the two has them"
+    if why := _other_joules(old.meter_record, new.meter_record):
+        yield f"joules are not compared: {why}"
     added = {c.name for c in new.candidates} - {c.name for c in old.candidates}
     if added:
         yield f"only the new results have: {', '.join(sorted(added))}"

@@ -178,5 +178,5 @@ def _rank_sums(n: int, m: int) -> list[int]:
 
 
 def coefficient_of_variation(values: Sequence[float]) -> float:
-    """Standard deviation over mean."""
-    return float(np.std(values) / np.mean(values))
+    """The sample's standard deviation (n - 1) over its mean; one value does not vary."""
+    return float(np.std(values, ddof=1) / np.mean(values)) if len(values) > 1 else 0.0

@@ -34,7 +34,7 @@ from greenprune.harness.statistics import Interval
 from greenprune.meters.energy import weakest
 from greenprune.nncec.factors import WORLD, Factor, user_supplied
 from greenprune.nncec.ledger import JOULES_PER_KWH, Quantity, Row
-from greenprune.nncec.life import Embodied, Fleet
+from greenprune.nncec.life import MOST_INFERENCES, Embodied, Fleet
 
 TRAINING = "train"
 OBSERVING = ("load", "bench", "account", "report")
@@ -50,7 +50,7 @@ EQUATIONS = "our reading; NNCEC's own equations are not public"
 
 @dataclass(frozen=True, kw_only=True)
 class StageTotal:
-    """All executions of one stage together."""
+    """All executions of one stage together: lower bounds where one of them was not measured."""
 
     stage: str
     seconds: float
@@ -58,7 +58,7 @@ class StageTotal:
     kgco2e: Quantity | None
     provenance: Provenance | None
     note: str
-    """Why ``joules`` are None, where that is known."""
+    """Why ``joules`` are None or lack a part, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +165,17 @@ def account(
         incomplete: stages that were killed and resumed: a part of their joules is in no row.
 
     Raises:
-        MeasurementError: a PUE or an intensity that no place has, embodied carbon without a fleet,
-            or a runtime that was not measured.
+        MeasurementError: a PUE or an intensity that no place has, a number of inferences that no
+            life has, embodied carbon without a fleet, or a runtime that was not measured.
     """
     if not 1.0 <= pue <= HIGHEST_PUE:
         raise MeasurementError(
             f"pue = {pue}: expected 1.0 or more, and at most {HIGHEST_PUE:g}; a data centre has "
             "between 1.1 and 2"
+        )
+    if not 1 <= inferences <= MOST_INFERENCES:
+        raise MeasurementError(
+            f"inferences = {inferences}: expected 1 or more, and at most {MOST_INFERENCES:g}"
         )
     if embodied is not None and fleet is None:
         raise MeasurementError(
@@ -308,7 +312,7 @@ def _stages(rows: Sequence[Row], life: _Life) -> tuple[StageTotal, ...]:
     totals = []
     for stage in dict.fromkeys(row.stage for row in rows):
         runs = [row for row in rows if row.stage == stage]
-        joules = None if any(r.joules is None for r in runs) else _sum(r.joules for r in runs)
+        joules = _sum(run.joules for run in runs)
         notes = dict.fromkeys(row.note for row in runs if row.note)
         carbon = joules and _carbon(joules.scaled(1 / JOULES_PER_KWH), life.host, life.pue)
         totals.append(

@@ -25,7 +25,7 @@ from greenprune.nncec.drawing import (
     legend_below,
 )
 from greenprune.nncec.ledger import JOULES_PER_KWH, Quantity
-from greenprune.nncec.words import exact_grams, quantity
+from greenprune.nncec.words import exact_grams, not_valid, quantity
 
 PURPOSES = ("training", "pruning", "observing")
 MAKING = "making the devices"
@@ -207,7 +207,7 @@ def break_even_curve(account: Account, unit: str) -> Plot | None:
             f"Training, pruning and inferences together in {what}, over the number of inferences",
             paint,
         ),
-        note=_break_even_note(paid) + _curve_note(account),
+        note=_break_even_note(paid, account) + _curve_note(account),
     )
 
 
@@ -231,14 +231,14 @@ def _mark(axes: Any, name: str, crossing: Quantity, most: float, height: float) 
     )
 
 
-def _break_even_note(paid: dict[str, BreakEven]) -> str:
+def _break_even_note(paid: dict[str, BreakEven], account: Account) -> str:
     crossed = [
         f"{name} after {quantity(found.inferences)} inferences"
         for name, found in paid.items()
         if found.inferences
     ]
     never = [name for name, found in paid.items() if not found.inferences and name != "dense"]
-    told = f"Paid for: {'; '.join(crossed)}. " if crossed else ""
+    told = f"Paid for: {'; '.join(crossed)}{not_valid(account)}. " if crossed else ""
     return told + (f"Not shown to pay: {', '.join(never)}." if never else "")
 
 

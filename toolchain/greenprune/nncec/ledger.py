@@ -94,8 +94,7 @@ def stage_row(
     joules = kwh = kgco2e = None
     if energy is not None:
         joules = Quantity(value=energy.value, low=energy.low, high=energy.high)
-        kwh = joules.scaled(1 / JOULES_PER_KWH)
-        kgco2e = kwh.times(intensity).scaled(pue / 1000)
+        kwh, kgco2e = _derived(joules, intensity, pue)
     return Row(
         identity=identity,
         stage=stage,
@@ -111,6 +110,12 @@ def stage_row(
         source=factor.source,
         note=note,
     )
+
+
+def _derived(joules: Quantity, intensity: Quantity, pue: float) -> tuple[Quantity, Quantity]:
+    """kWh and kgCO2e of joules."""
+    kwh = joules.scaled(1 / JOULES_PER_KWH)
+    return kwh, kwh.times(intensity).scaled(pue / 1000)
 
 
 def append(path: Path, row: Row) -> None:
@@ -227,6 +232,17 @@ def _check(row: Row, where: str) -> None:
                 f"{where}: {name}: expected 0 <= low <= value <= high, got {found.low}, "
                 f"{found.value}, {found.high}"
             )
+    if row.joules is None:
+        return
+    derived = _derived(row.joules, row.intensity_g_per_kwh, row.pue)
+    for name, follows in zip(("kwh", "kgco2e"), derived, strict=True):
+        for end in ("value", "low", "high"):
+            entered, expected = getattr(getattr(row, name), end), getattr(follows, end)
+            if not math.isclose(entered, expected, rel_tol=1e-9):
+                raise RunError(
+                    f"{where}: {name}.{end}: expected {expected:g}, which follows from joules, "
+                    f"intensity_g_per_kwh and pue, got {entered:g}"
+                )
 
 
 def read(path: Path) -> tuple[Row, ...]:

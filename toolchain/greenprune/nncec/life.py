@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from greenprune.errors import MeasurementError
 
 DAYS_A_YEAR = 365
+MOST_DEVICES = 1e12
+MOST_INFERENCES = 1e30
+"""Above any fleet's; beyond it figures would leave a float's range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,10 @@ class Fleet:
     def __post_init__(self) -> None:
         _within("inferences a day", self.per_day, 1e12)
         _within("years", self.years, 100.0)
-        if self.devices < 1:
-            raise MeasurementError(f"devices = {self.devices}: expected 1 or more")
+        if not 1 <= self.devices <= MOST_DEVICES:
+            raise MeasurementError(
+                f"devices = {self.devices}: expected 1 or more, and at most {MOST_DEVICES:,.0f}"
+            )
         if self.inferences < 1:
             raise MeasurementError(
                 f"{self.per_day:g} inferences a day over {self.years:g} years are none: expected "

@@ -160,7 +160,8 @@ def headline(run_summary: dict[str, Any], results: Results | None) -> str:
         elif pair.energy_ratio.excludes(1.0):
             told += " (too few windows)"
         sentence += f", {told} ({label(pair.energy_mj.provenance)})"
-    return f"{sentence}; preset {results.preset}."
+    doubt = "" if results.verdict.valid else "; the measurement is NOT VALID"
+    return f"{sentence}; preset {results.preset}{doubt}."
 
 
 def _pair(run_summary: dict[str, Any], results: Results) -> Candidate | None:

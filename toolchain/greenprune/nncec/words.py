@@ -114,14 +114,19 @@ def saved_carbon(account: Account, name: str) -> str:
     return f"at most {grams(saved)}" if "pruning" in understated(account) else grams(saved)
 
 
+def _in_part(account: Account, total: StageTotal) -> bool:
+    """Whether some of a stage's joules are in no row: a part was killed, or not measured."""
+    return total.stage in (*account.incomplete_stages, *account.unmeasured_stages)
+
+
 def stage_joules(account: Account, total: StageTotal) -> str:
     """A stage's joules."""
-    return _at_least(joules(total.joules), total.stage in account.incomplete_stages)
+    return _at_least(joules(total.joules), _in_part(account, total))
 
 
 def stage_carbon(account: Account, total: StageTotal) -> str:
     """A stage's carbon."""
-    return _at_least(grams(total.kgco2e), total.stage in account.incomplete_stages)
+    return _at_least(grams(total.kgco2e), _in_part(account, total))
 
 
 def provenance(total: StageTotal) -> str:
@@ -182,7 +187,8 @@ def stages_table(account: Account) -> Table:
 
 def life_table(account: Account) -> Table:
     """A row for each variant: an inference and the whole life."""
-    table = Table(title=f"The life: {describe_fleet(account)}", title_justify="left")
+    title = f"The life: {describe_fleet(account)}{not_valid(account)}"
+    table = Table(title=title, title_justify="left")
     table.add_column(f"on {account.runtime}")
     for heading in ("mJ each", "CO2e each", "SCI, CO2e each", "life, CO2e", "saved, CO2e"):
         table.add_column(heading, justify="right")
@@ -198,6 +204,11 @@ def life_table(account: Account) -> Table:
     return table
 
 
+def not_valid(account: Account) -> str:
+    """What must stand beside a claim that rests on inferences; empty where they are valid."""
+    return ", by a measurement that is NOT VALID" if account.valid is False else ""
+
+
 def break_evens(account: Account) -> dict[str, str]:
     """For each pruned variant, when its pruning has paid for itself, or why that is unknown."""
     told = {}
@@ -211,7 +222,7 @@ def break_evens(account: Account) -> dict[str, str]:
             told[name] = (
                 "pruning has paid for itself in joules after "
                 f"{_after(joules.inferences, account)}, in CO2 after "
-                f"{_after(carbon.inferences, account)}"
+                f"{_after(carbon.inferences, account)}{not_valid(account)}"
             )
     return told
 
