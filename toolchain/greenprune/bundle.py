@@ -167,7 +167,8 @@ class Manifest:
     samples: Samples
     certification: CertificationPlan
     energy_mj: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Variant to ``{value, low, high, provenance}`` for each inference; empty until measured."""
+    """Variant to ``{value, low, high, provenance, preset, valid}`` for each inference, ``valid``
+    being the measurement's verdict; empty until measured."""
     simulated_energy: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Variant to ``{energy_mac_units, provenance}`` for each inference on a simulated target:
     relative, not joules."""
