@@ -10,18 +10,26 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="compiling is the host's")
+pytest.importorskip("onnx", reason="compiling is the host's")
+
+import onnx
+import torch
 
 from greenprune import compilation
 from greenprune.errors import TargetError
 from greenprune.harness.race import Race, Racer
 from greenprune.harness.statistics import Interval
+from greenprune.onnx_export import export_onnx
 from greenprune.recipe import CompileSettings, Recipe
+from greenprune.registry import Build, load_target
 
 
 def job_for(tmp_path: Path, **settings: Any) -> Any:
     recipe = Recipe(compile=CompileSettings(**settings))
     np.save(tmp_path / "calibration_inputs.npy", np.zeros((4, 1, 2, 2), np.float32))
-    return SimpleNamespace(recipe=recipe, place=lambda stage: tmp_path, results=lambda stage: {})
+    return SimpleNamespace(
+        recipe=recipe, place=lambda stage: tmp_path, results=lambda stage: {"int8": {}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,6 +53,39 @@ def test_what_a_target_does_not_offer_is_refused(tmp_path: Path) -> None:
         compilation.runtimes(job_for(tmp_path, precision="fp16"))
     with pytest.raises(TargetError, match="no runtime 'tvm'; expected some of onnxruntime"):
         compilation.runtimes(job_for(tmp_path, runtimes=("tvm",)))
+
+
+def test_a_missing_runtime_is_told_with_a_command_that_exists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("greenprune_targets.base.find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r"installed here.*: pip install onnxruntime$"):
+        compilation.runtimes(job_for(tmp_path, target="arm"))
+
+
+def drawn(targets: Any) -> Any:
+    """The first pixels of the images that are drawn: image i is filled with i."""
+    inputs = torch.arange(60.0)[:, None, None, None].expand(60, 1, 2, 2).clone()
+    job: Any = SimpleNamespace(
+        recipe=Recipe(compile=CompileSettings(calibration_images=20)),
+        data=SimpleNamespace(
+            train=SimpleNamespace(inputs=inputs, targets=targets), preprocessing=None
+        ),
+    )
+    return compilation.calibration_images(job)[:, 0, 0, 0].astype(int)
+
+
+def test_calibration_images_have_each_class_as_often() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 12 + [2] * 8)
+    assert sorted(np.bincount(labels.numpy()[drawn(labels)])) == [6, 7, 7]
+
+
+@pytest.mark.parametrize("shape", [(60, 2), (60, 4, 4), (60,)])
+def test_calibration_images_without_classes_are_drawn_at_random(shape: tuple[int, ...]) -> None:
+    found = drawn(torch.zeros(shape))
+    assert len(set(found)) == 20
+    assert found.max() >= 20, "not the first ones"
+    assert list(found) == list(drawn(torch.zeros(shape)))
 
 
 class Quantiser:
@@ -145,7 +186,8 @@ def run_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **together_ms: flo
     precision = "int8" if any("int8" in name for name in together_ms) else "fp32"
     job = job_for(tmp_path, runtimes=runtimes, precision=precision)
     built = {name.replace("_", "-"): "file" for name in together_ms}
-    job.results = lambda stage: {"artifacts": dict.fromkeys(("mild", "aggressive"), built)}
+    networks = dict.fromkeys(("mild", "aggressive"), built)
+    job.results = lambda stage: {"artifacts": networks, "int8": {}}
     return compilation.choose_runtime(SimpleNamespace(job=job))
 
 
@@ -176,3 +218,45 @@ def test_a_device_that_is_elsewhere_is_not_raced(
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     job = job_for(tmp_path, runtimes=("openvino", "onnxruntime"), precision="int8")
     assert compilation.choose_runtime(SimpleNamespace(job=job))["runtime"] == "openvino-int8"
+
+
+class Residual(torch.nn.Module):
+    """Its shortcut is rounded even where both of its layers stay in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.second = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, images: Any) -> Any:
+        read = torch.relu(self.first(images))
+        return torch.relu(read + self.second(read)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("kept", "runtime"), [(True, "tensorrt-fp16"), (False, "tensorrt-int8")])
+def test_int8_with_every_layer_in_float_is_not_called_int8(
+    tmp_path: Path, kept: bool, runtime: str
+) -> None:
+    graph = tmp_path / "toy.onnx"
+    export_onnx(Residual(), torch.randn(2, 3, 8, 8), graph, ["logits"])
+    layers = [node.name for node in onnx.load(graph).graph.node if node.op_type == "Conv"]
+    target = load_target("jetson-orin-nano")
+    images = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    build = Build(
+        runtime="tensorrt",
+        precision="int8",
+        calibration=images,
+        keep_float=tuple(layers) if kept else (),
+    )
+    made = target.compile(graph, build, tmp_path / "int8", "toy")
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(made).graph.node}
+    report = {"layers": target.layer_precisions(made, "tensorrt-int8")}
+    job = job_for(tmp_path, target=target.name, precision="int8")
+    networks = dict.fromkeys(("dense", "mild", "aggressive"), report)
+    job.results = lambda stage: {"int8": {"tensorrt-int8": networks}}
+
+    found = compilation.choose_runtime(SimpleNamespace(job=job))
+
+    assert found["runtime"] == runtime
+    assert list(found["left_out"]) == (["tensorrt-int8"] if kept else [])
+    assert ("int8 is in no layer" in found.get("headline", "")) == kept

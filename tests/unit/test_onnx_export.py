@@ -83,6 +83,16 @@ def test_the_batch_is_free(exported: Exported, count: int) -> None:
         np.testing.assert_allclose(found, exported.network(images).numpy(), atol=1e-5)
 
 
+def test_the_opset_is_the_one_that_is_wanted_or_none(exported: Exported, tmp_path: Path) -> None:
+    example, path = torch.zeros(2, 1, 32, 32), tmp_path / "other.onnx"
+    onnx_export.export_onnx(exported.network, example, path, ["logits"], opset=17)
+    model = onnx.load(path)
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 17
+    assert {entry.key: entry.value for entry in model.metadata_props}["greenprune.opset"] == "17"
+    with pytest.raises(ExportError, match="in opset 18, not in 9, which the target wants"):
+        onnx_export.export_onnx(exported.network, example, path, ["logits"], opset=9)
+
+
 def test_the_graph_is_one_file_with_one_input_and_the_opset_of_the_bundle(
     exported: Exported,
 ) -> None:

@@ -54,7 +54,7 @@ def runtimes(job: Job) -> list[str]:
     if not wanted:
         raise TargetError(
             f"target '{settings.target}': none of its runtimes is installed here; expected one of "
-            f"{', '.join(found.runtimes)}: pip install 'greenprune[{target.name}]'"
+            f"{', '.join(found.runtimes)}: pip install {found.runtimes[0]}"
         )
     for runtime in wanted:
         if runtime not in found.runtimes:
@@ -217,10 +217,13 @@ def answers(
 
 
 def calibration_images(job: Job) -> NDArray[np.float32]:
-    """Training images to calibrate int8 with, the classes as even as they can be."""
+    """Training images to calibrate int8 with: where each has a class, these as even as they can
+    be; else at random."""
     train = job.data.train
     count = min(job.recipe.compile.calibration_images, len(train.targets))
-    drawn = draw_balanced(train.targets.numpy(), count, job.recipe.seed + 30)
+    labelled = train.targets.ndim == 1 and not train.targets.is_floating_point()
+    labels = train.targets.numpy() if labelled else np.zeros(len(train.targets), np.int64)
+    drawn = draw_balanced(labels, count, job.recipe.seed + 30)
     return prepared(job, train.inputs[torch.from_numpy(drawn)])
 
 
@@ -238,16 +241,20 @@ def right(job: Job, logits: NDArray[np.float32], split: Split) -> NDArray[np.flo
 
 def choose_runtime(work: Work) -> dict[str, Any]:
     """Race the artifacts on this machine, each network in a process of its own. What int8 makes no
-    faster is left out. On a device that is not here, nothing can be raced: the precision asked for
-    on the target's first runtime is taken."""
+    faster, or where no layer is int8, is left out. On a device that is not here, nothing can be
+    raced: the narrowest precision on the target's first runtime is taken."""
     job = work.job
-    settings, target = job.recipe.compile, load_target(job.recipe.compile.target)
-    names = runtimes(job)
+    target = load_target(job.recipe.compile.target)
+    compiled = job.results(f"compile-{target.name}")
+    left_out = _without_int8(compiled["int8"])
+    names = [name for name in runtimes(job) if name not in left_out]
     if len(names) == 1 or not target.is_here():
-        runtime = next(name for name in names if split_runtime(name)[1] == settings.precision)
-        return {"runtime": runtime, "left_out": {}, "race": None}
+        narrowest = split_runtime(names[-1])[1]
+        runtime = next(name for name in names if split_runtime(name)[1] == narrowest)
+        said = {"headline": "; ".join([runtime, *left_out.values()])} if left_out else {}
+        return {"runtime": runtime, "left_out": left_out, "race": None, **said}
     place = job.place(f"compile-{target.name}")
-    built = job.results(f"compile-{target.name}")["artifacts"]
+    built = compiled["artifacts"]
     found = race(
         target.name,
         {name: {variant: place / built[variant][name] for variant in RACED} for name in names},
@@ -255,7 +262,6 @@ def choose_runtime(work: Work) -> dict[str, Any]:
         threads=job.recipe.threads,
         seed=job.recipe.seed,
     )
-    left_out = {}
     for name in names:
         runtime, precision = split_runtime(name)
         slower = found.ratio(name, runtime)
@@ -267,4 +273,14 @@ def choose_runtime(work: Work) -> dict[str, Any]:
         "left_out": left_out,
         "race": schema.encode(found),
         "headline": "; ".join([f"{runtime} is the fastest", *left_out.values()]),
+    }
+
+
+def _without_int8(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Runtimes on which a network that an app calls has no layer in int8, and what to say of it."""
+    return {
+        name: f"{name}: int8 is in no layer of the {variant} network"
+        for name, networks in reports.items()
+        for variant in RACED
+        if (layers := networks[variant]["layers"]) and "int8" not in layers.values()
     }

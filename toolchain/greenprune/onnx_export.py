@@ -58,6 +58,7 @@ def export_onnx(
     path: Path,
     output_names: Sequence[str],
     description: Description | None = None,
+    opset: int = OPSET,
 ) -> dict[str, NDArray[np.float32]]:
     """Write ``network`` as an ONNX graph with a free batch and check it with ONNX Runtime.
 
@@ -68,6 +69,7 @@ def export_onnx(
         output_names: one for each output.
         description: goes into the graph's ``metadata_props``, beside what is always there: see
             ``docs/targets.md``.
+        opset: that the target wants.
 
     Returns:
         The network's own answers to ``example``, by output name.
@@ -99,11 +101,14 @@ def export_onnx(
                 input_names=["input"],
                 output_names=list(output_names),
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamo=True,
                 verbose=False,
             )
         assert program is not None  # dynamo=True
+        written = program.model.opset_imports[""]
+        if written != opset:  # the exporter warns, and goes on with another
+            raise ValueError(f"in opset {written}, not in {opset}, which the target wants")
         _describe(program.model, description)
         program.save(path, external_data=False)
         onnx.checker.check_model(path, full_check=True)
@@ -130,7 +135,7 @@ def _describe(model: Model, description: Description | None) -> None:
         node.metadata_props.clear()
     content: dict[str, Any] = {
         "version": __version__,
-        "opset": OPSET,
+        "opset": model.opset_imports[""],
         "inputs": {value.name: _tensor(value) for value in model.graph.inputs},
         "outputs": {value.name: _tensor(value) for value in model.graph.outputs},
     }

@@ -320,7 +320,7 @@ def export_graphs(work: Work) -> dict[str, Any]:
         "mild": (pruned_network(job, "mild"), ["logits"]),
         "aggressive": (scored_network(job), ["logits", "score"]),
     }
-    sizes = {}
+    sizes, opset = {}, _opset(job)
     for variant, (network, names) in networks.items():
         path = work.folder / f"{variant}.onnx"
         description = onnx_export.Description(
@@ -328,11 +328,15 @@ def export_graphs(work: Work) -> dict[str, Any]:
             class_names=job.data.class_names,
             preprocessing=job.data.preprocessing,
         )
-        answers = onnx_export.export_onnx(network, example, path, names, description)
+        answers = onnx_export.export_onnx(network, example, path, names, description, opset)
         for name, answer in answers.items():
             storage.save_array(work.folder / f"{variant}_{name}.npy", answer)
         sizes[variant] = path.stat().st_size
-    return {"bytes": sizes, "opset": onnx_export.OPSET}
+    return {"bytes": sizes, "opset": opset}
+
+
+def _opset(job: Job) -> int:
+    return load_target(job.recipe.compile.target).capabilities.opset
 
 
 def of(recipe: Recipe) -> list[Stage]:
@@ -350,7 +354,7 @@ def of(recipe: Recipe) -> list[Stage]:
             "export",
             export_graphs,
             needs=("train", "selector"),
-            depends=lambda job: onnx_export.OPSET,
+            depends=_opset,
         ),
         *deployment.stages(target),
     ]
