@@ -35,6 +35,10 @@ class BaseTarget(ABC):
         """Whether this machine has the target's processor."""
         return platform.machine() in self.capabilities.machines
 
+    def arithmetic(self, precision: str) -> str:
+        """Empty: all its machines answer alike."""
+        return ""
+
     @abstractmethod
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """Compile an ONNX graph; see :class:`greenprune.registry.Target`."""

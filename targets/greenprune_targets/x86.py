@@ -18,8 +18,9 @@ from greenprune.cores import session_threads
 from greenprune.errors import MissingPackageError, TargetError
 from greenprune.registry import Build, Capabilities, Runner
 from greenprune_targets import onnxruntime_cpu, openvino_cache
-from greenprune_targets.base import BaseTarget, refusal
+from greenprune_targets.base import BaseTarget, processor, refusal
 
+VNNI = {"avx_vnni", "avx512_vnni"}
 OPENVINO_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 OPENVINO_PRECISIONS = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 
@@ -37,6 +38,13 @@ class X86(BaseTarget):
         meters=("rapl", "estimate"),
         machines=("x86_64", "AMD64"),
     )
+
+    def arithmetic(self, precision: str) -> str:
+        """int8 is multiplied by VNNI or, without it, two products are added in 16 bits first, which
+        may saturate."""
+        if precision != "int8":
+            return ""
+        return "VNNI" if VNNI & set(processor()["isa"]) else "no VNNI"
 
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """ONNX Runtime: the graph itself, with Q/DQ for int8. OpenVINO: its portable IR, ``.xml``

@@ -59,6 +59,9 @@ class FakeTarget:
     def is_here(self) -> bool:
         return self.here
 
+    def arithmetic(self, precision: str) -> str:
+        return ""
+
     def open(self, artifact: Path, runtime: str, threads: int) -> FakeRunner:
         runner = self.runners[artifact.stem]
         runner.opened = True

@@ -229,3 +229,15 @@ def test_writing_is_whole_or_not_at_all(tiny_bundle: Path, tmp_path: Path) -> No
     with pytest.raises(StorageError):
         bundle.write(blocked / "new", manifest, {})
     assert {path.name for path in tmp_path.iterdir()} == {"again", "file", "tiny.bundle"}
+
+
+@pytest.mark.parametrize(
+    ("isa", "told"), [(["avx2", "avx512_vnni"], "VNNI"), (["avx2", "avx512f"], "no VNNI")]
+)
+def test_a_certificate_of_int8_holds_for_the_processor_s_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, isa: list[str], told: str
+) -> None:
+    monkeypatch.setattr("greenprune_targets.x86.processor", lambda: {"isa": isa})
+    assert bundle.setting("x86", "onnxruntime-int8") == f"x86, onnxruntime, int8, {told}"
+    assert bundle.setting("x86", "onnxruntime") == "x86, onnxruntime, fp32"
+    assert bundle.setting("arm", "onnxruntime-int8") == "arm, onnxruntime, int8"

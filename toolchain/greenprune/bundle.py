@@ -183,8 +183,15 @@ class Manifest:
 
 
 def setting(target: str, runtime: str) -> str:
-    """Target, runtime and precision, as in ``x86, onnxruntime, fp32``."""
-    return ", ".join((target, *registry.split_runtime(runtime)))
+    """Target, runtime, precision and where it matters this machine's arithmetic, as in
+    ``x86, onnxruntime, int8, VNNI``.
+
+    Raises:
+        TargetError: there is no such target.
+    """
+    base, precision = registry.split_runtime(runtime)
+    arithmetic = registry.load_target(target).arithmetic(precision)
+    return ", ".join(part for part in (target, base, precision, arithmetic) if part)
 
 
 VARIANTS = ("dense", "mild", "aggressive")

@@ -107,6 +107,11 @@ class Target(Protocol):
         """Whether this machine is such a device: only there is anything measured or certified."""
         ...
 
+    def arithmetic(self, precision: str) -> str:
+        """What of this machine, beside runtime and precision, decides about answers: a certificate
+        holds for it alone; mostly empty."""
+        ...
+
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """Compile an ONNX graph into ``folder``; the artifact's main file, ``<name>.<suffix>``."""
         ...
