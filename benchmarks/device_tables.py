@@ -279,6 +279,27 @@ def against_benchmark_app() -> str:
     return "\n".join([table(["", "beside", "median, ours over theirs"], rows), "", note])
 
 
+def tensorrt_graphs() -> str:
+    """Convolutions by the type that they give, as TensorRT-RTX parsed them."""
+    figures = read("tensorrt_graphs")["figures"]
+    precisions = list(next(iter(figures["networks"].values())))
+    rows = [
+        [name, *(_types(found[precision]) for precision in precisions)]
+        for name, found in figures["networks"].items()
+    ]
+    note = (
+        f"Convolutions of the graphs for {figures['target']} and the type that each gives, parsed "
+        f"and built by TensorRT-RTX {figures['tensorrt_rtx']} on a machine without a GPU (int8: "
+        "explicit Q/DQ with float16 around). An asymmetric graph is refused, by our rules: "
+        f'"{figures["asymmetric"]["rules"]}". `benchmarks/tensorrt_graphs.py`.'
+    )
+    return "\n".join([table(["", *precisions], rows), "", note])
+
+
+def _types(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
 def meter_overhead() -> str:
     """Loops with a meter read beside them over loops without."""
     result = read("meter_overhead")
