@@ -290,7 +290,7 @@ def tensorrt_graphs() -> str:
     note = (
         f"Convolutions of the graphs for {figures['target']} and the type that each gives, parsed "
         f"and built by TensorRT-RTX {figures['tensorrt_rtx']} on a machine without a GPU (int8: "
-        "explicit Q/DQ with float16 around). With one zero point moved it is refused before it leaves: "
+        "explicit Q/DQ with float16 around). With one zero point moved it is refused: "
         f'"{figures["asymmetric"]["rules"]}". `benchmarks/tensorrt_graphs.py`.'
     )
     return "\n".join([table(["", *precisions], rows), "", note])
