@@ -69,6 +69,10 @@ class BaseTarget(ABC):
             "versions": {runtime: version(runtime) for runtime in self.capabilities.runtimes}
         }
 
+    def how_to_install(self, runtime: str) -> str:
+        """By pip, under the runtime's own name."""
+        return f"pip install {runtime}"
+
     def check_runtime(self, name: str) -> tuple[str, str]:
         """Runtime and precision of a runtime's name.
 

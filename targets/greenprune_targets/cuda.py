@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from greenprune.errors import MeasurementError
+from greenprune.meters import nvml
 from greenprune.registry import Capabilities
+from greenprune_targets.board import describe
 from greenprune_targets.tensorrt_target import TensorRtTarget
 
 
@@ -21,3 +24,12 @@ class Cuda(TensorRtTarget):
         built_on_device=True,
         status="ready, but never yet run on NVIDIA hardware; width_multiple is not measured",
     )
+
+    def is_here(self) -> bool:
+        """Whether such a GPU and TensorRT are here; a Jetson has targets of its own."""
+        if not super().is_here() or describe().is_jetson:
+            return False
+        try:
+            return nvml.is_here()
+        except MeasurementError:  # a driver that fails
+            return False

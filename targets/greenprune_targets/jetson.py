@@ -34,8 +34,15 @@ class Jetson(TensorRtTarget):
         return super().open(artifact, runtime, threads)
 
     def is_here(self) -> bool:
-        """Whether this is a Jetson with its TensorRT."""
-        return super().is_here() and describe().is_jetson
+        """Whether this is that board, with its TensorRT."""
+        return super().is_here() and describe().name == self.board
+
+    def how_to_install(self, runtime: str) -> str:
+        """JetPack's own package, which an environment must be made to see."""
+        return (
+            "sudo apt install python3-libnvinfer, in an environment made with "
+            "--system-site-packages"
+        )
 
     def readme(self) -> str:
         """How to run a bundle on this board, Markdown."""
@@ -104,10 +111,13 @@ JetPack 5 and older, and Xavier, are not supported: their TensorRT is older than
 
 ## Measure and certify
 
-Fix the power mode and the clocks first, and note them:
+Fix the power mode and the clocks first, and note them. A mode's number is another on each board and
+JetPack; take the one that the device will be used in:
 
-    sudo nvpmodel -q
-    sudo jetson_clocks
+    grep POWER_MODEL /etc/nvpmodel.conf           # the modes of this board
+    sudo nvpmodel -m NUMBER                       # some ask for a restart
+    sudo jetson_clocks                            # no clock falls until the next restart
+    sudo nvpmodel -q                              # what it is now
     env/bin/greenprune-bench --certify BUNDLE     # until then every input goes to the mild network
     env/bin/greenprune-bench BUNDLE --preset standard
 

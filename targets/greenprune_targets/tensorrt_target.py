@@ -60,6 +60,10 @@ class TensorRtTarget(BaseTarget):
         """Whether this machine can build and run engines: a PC's processor alone is no GPU."""
         return super().is_here() and find_spec("tensorrt") is not None
 
+    def how_to_install(self, runtime: str) -> str:
+        """TensorRT by pip, with what its runner needs beside it."""
+        return "pip install 'greenprune[cuda]'"
+
     def layer_precisions(self, artifact: Path, runtime: str) -> dict[str, str]:
         """By the types in the graph: a strongly typed builder keeps to them."""
         try:

@@ -150,7 +150,7 @@ def test_a_jetson_bundle_builds_itself_on_the_board(
     assert manifest.selector.threshold is None
     assert manifest.certification.inputs is not None
     readme = opened.file("README.md").read_text()
-    for words in ("orin-nano", "--system-site-packages", "nvpmodel", "| 6.1 | 36.4.0 | 10.3 "):
+    for words in ("orin-nano", "--system-site-packages", "nvpmodel -m", "| 6.1 | 36.4.0 | 10.3 "):
         assert words in readme
     with pytest.raises(TargetError, match=r"this is no Jetson"):
         AdaptiveSession(tmp_path / "jetson.bundle")

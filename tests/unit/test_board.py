@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fakes"))
 
 import jetson_tree
 
-from greenprune.errors import TargetError
-from greenprune_targets.board import BOARDS, JETPACKS, check_board, describe
+from greenprune.errors import MeasurementError, TargetError
+from greenprune.harness import protocol
+from greenprune.harness.environment import diagnose
+from greenprune.meters import nvml
+from greenprune.registry import load_target
+from greenprune_targets.board import BOARDS, JETPACKS, Board, check_board, describe
+
+JETSONS = ("jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin", "jetson-thor")
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 @pytest.mark.parametrize("name", BOARDS.values())
@@ -99,3 +114,72 @@ def test_a_jetson_of_an_unknown_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "proc/device-tree/model").write_text("Acme Vision Box\0")
     with pytest.raises(TargetError, match=r"Acme Vision Box.*supported are agx-orin"):
         check_board(describe(tmp_path))
+
+
+@pytest.fixture
+def orin_nx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+    """This machine is one, with its TensorRT."""
+    board = describe(jetson_tree.write(tmp_path, "orin-nx"))
+    for module in ("jetson", "cuda"):
+        monkeypatch.setattr(f"greenprune_targets.{module}.describe", lambda: board)
+    monkeypatch.setattr("greenprune_targets.tensorrt_target.find_spec", lambda name: name)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    return board
+
+
+@pytest.mark.usefixtures("orin_nx")
+def test_only_its_own_target_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A Jetson's GPU is none of the target cuda's either, whatever NVML says of it."""
+    monkeypatch.setattr(nvml, "is_here", lambda: True)
+    here = [name for name in (*JETSONS, "cuda") if load_target(name).is_here()]
+    assert here == ["jetson-orin-nx"]
+    with pytest.raises(TargetError, match="a bundle for agx-orin was given, and this is orin-nx"):
+        load_target("jetson-agx-orin").open(tmp_path / "dense.onnx", "tensorrt", 0)
+
+
+def test_cuda_is_here_with_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("greenprune_targets.tensorrt_target.find_spec", lambda name: name)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("greenprune_targets.cuda.describe", lambda: describe(Path("no such")))
+    for found in (True, False):
+        monkeypatch.setattr(nvml, "is_here", lambda found=found: found)
+        assert load_target("cuda").is_here() == found
+
+    def fails() -> bool:
+        raise MeasurementError("the driver fails")
+
+    monkeypatch.setattr(nvml, "is_here", fails)
+    assert not load_target("cuda").is_here()
+
+
+@pytest.mark.parametrize("l4t", [l4t for l4t, jetpack in JETPACKS.items() if jetpack.cuda])
+def test_the_extra_brings_cuda_python_of_the_jetpack(l4t: str) -> None:
+    """By its Python; JetPack 6.0 is too old for greenprune."""
+    jetpack = JETPACKS[l4t]
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    wanted = [Requirement(line) for line in extras["jetson"]]
+    environment = {"python_version": jetpack.python}
+    (chosen,) = [each for each in wanted if each.marker and each.marker.evaluate(environment)]
+    assert chosen.name == "cuda-python"
+    assert jetpack.version == "6.0" or chosen.specifier.contains(f"{jetpack.cuda}.0")
+
+
+@pytest.mark.parametrize(
+    ("target", "runtime", "command"),
+    [
+        ("x86", "openvino", "pip install openvino"),
+        ("arm", "onnxruntime", "pip install onnxruntime"),
+        ("cuda", "tensorrt", r"pip install 'greenprune\[cuda\]'"),
+        ("jetson-thor", "tensorrt", "sudo apt install python3-libnvinfer, .*--system-site"),
+    ],
+)
+def test_a_missing_runtime_s_command_is_named(
+    monkeypatch: pytest.MonkeyPatch, target: str, runtime: str, command: str
+) -> None:
+    found = load_target(target)
+    monkeypatch.setattr(type(found), "runtimes_here", lambda self: ())
+    dense = SimpleNamespace(artifacts={runtime: "dense"})
+    manifest: Any = SimpleNamespace(name="digits", target=target, variants={"dense": dense})
+    with pytest.raises(TargetError, match=f"installed here are none; {command}"):
+        protocol.choose_runtimes(manifest, None)
+    assert diagnose()["targets"][target]["lacks"][runtime] == found.how_to_install(runtime)

@@ -199,6 +199,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
         capabilities=CAPABILITIES,
         is_here=lambda: True,
         runtimes_here=lambda: ("onnxruntime",),
+        how_to_install=lambda runtime: f"pip install {runtime}",
         probe=lambda: {"cpu": "a test", "versions": {"onnxruntime": "1"}},
     )
     device.target = target
@@ -372,7 +373,11 @@ def test_what_was_measured_elsewhere_is_not_gone_on_with(
     ("changed", "error", "message"),
     [
         ({"is_here": lambda: False}, MeasurementError, "which this machine is not"),
-        ({"runtimes_here": lambda: ("openvino",)}, TargetError, "installed here are openvino"),
+        (
+            {"runtimes_here": lambda: ("openvino",)},
+            TargetError,
+            "installed here are openvino; pip install onnxruntime",
+        ),
         (
             {"capabilities": replace(CAPABILITIES, meters=("simulated",))},
             MeasurementError,

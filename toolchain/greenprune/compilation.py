@@ -54,7 +54,7 @@ def runtimes(job: Job) -> list[str]:
     if not wanted:
         raise TargetError(
             f"target '{settings.target}': none of its runtimes is installed here; expected one of "
-            f"{', '.join(found.runtimes)}: pip install {found.runtimes[0]}"
+            f"{', '.join(found.runtimes)}: {target.how_to_install(found.runtimes[0])}"
         )
     for runtime in wanted:
         if runtime not in found.runtimes:

@@ -107,11 +107,6 @@ class Target(Protocol):
         """Whether this machine is such a device: only there is anything measured or certified."""
         ...
 
-    def arithmetic(self, precision: str) -> str:
-        """What of this machine, beside runtime and precision, decides about answers: a certificate
-        holds for it alone; mostly empty."""
-        ...
-
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """Compile an ONNX graph into ``folder``; the artifact's main file, ``<name>.<suffix>``."""
         ...
@@ -142,6 +137,15 @@ class Target(Protocol):
 
     def probe(self) -> dict[str, Any]:
         """This machine, as the target sees it: processor, instruction sets, versions."""
+        ...
+
+    def arithmetic(self, precision: str) -> str:
+        """What of this machine, beside runtime and precision, decides about answers: a certificate
+        holds for it alone; mostly empty."""
+        ...
+
+    def how_to_install(self, runtime: str) -> str:
+        """The command that brings a runtime of the target to this machine."""
         ...
 
 

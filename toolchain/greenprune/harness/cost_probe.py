@@ -186,10 +186,11 @@ def _device(plan: ProbePlan) -> Target:
             "machine is not; copy the folder to the device and measure there"
         )
     here = target.runtimes_here()
-    if split_runtime(plan.runtime)[0] not in here:
+    base, _ = split_runtime(plan.runtime)
+    if base not in here:
         raise TargetError(
             f"cannot measure on {plan.runtime}: installed here are {', '.join(here) or 'none'}; "
-            "install the runtime, or have the folder written for another"
+            f"{target.how_to_install(base)}, or have the folder written for another"
         )
     return target
 

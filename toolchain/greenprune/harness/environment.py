@@ -158,8 +158,9 @@ def print_diagnosis(found: dict[str, Any]) -> None:
         print(f"disk free: {free} GB at {place}")
     print("targets:")
     for name, target in found["targets"].items():
-        lacks = f"; not installed: {', '.join(target['lacks'])}" if target["lacks"] else ""
-        print(f"  {name:<9}{target['status']}{lacks}")
+        print(f"  {name:<9}{target['status']}")
+        for runtime, command in target["lacks"].items():
+            print(f"  {'':<9}{runtime} is not installed: {command}")
     print("meters:")
     for name, meter in found["meters"].items():
         print(f"  {name:<9}{'works' if meter['works'] else meter['reason']}")
@@ -176,13 +177,17 @@ def _diagnose_targets() -> dict[str, dict[str, Any]]:
         try:
             target = load_target(name)
         except GreenpruneError as problem:
-            answer[name] = {"status": str(problem), "runtimes": [], "lacks": []}
+            answer[name] = {"status": str(problem), "runtimes": [], "lacks": {}}
             continue
         here = list(target.runtimes_here())
         answer[name] = {
             "status": target.capabilities.status,
             "runtimes": here,
-            "lacks": [each for each in target.capabilities.runtimes if each not in here],
+            "lacks": {
+                each: target.how_to_install(each)
+                for each in target.capabilities.runtimes
+                if each not in here
+            },
         }
     return answer
 

@@ -224,15 +224,18 @@ def choose_runtimes(manifest: bundles.Manifest, asked: Sequence[str] | None) -> 
     from greenprune.registry import load_target, split_runtime
 
     built = list(manifest.variants["dense"].artifacts)
-    here = load_target(manifest.target).runtimes_here()
+    target = load_target(manifest.target)
+    here = target.runtimes_here()
     wanted = built if asked is None else list(asked)
     chosen = [name for name in wanted if name in built and split_runtime(name)[0] in here]
     missing = [name for name in wanted if name not in chosen]
     if not chosen or (asked is not None and missing):
+        bases = dict.fromkeys(split_runtime(name)[0] for name in missing if name in built)
+        commands = [target.how_to_install(base) for base in bases]
         raise TargetError(
             f"cannot measure on {', '.join(missing) or 'any runtime'}: the bundle "
             f"'{manifest.name}' is built for {', '.join(built) or 'none'}, and installed here are "
-            f"{', '.join(here) or 'none'}; install the runtime or export the bundle for it"
+            f"{', '.join(here) or 'none'}; {' or '.join(commands) or 'export the bundle for it'}"
         )
     return chosen
 
