@@ -9,12 +9,13 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenprune.errors import MeasurementError
-from greenprune.meters import label, open_meter, weakest
+from greenprune.meters import diagnose_meters, label, open_meter, weakest
 from greenprune.meters.clock import Clock
 from greenprune.meters.estimate import is_virtual, power
 
@@ -29,6 +30,23 @@ def test_auto_falls_back_to_the_estimate_and_says_why(tmp_path: Path) -> None:
     assert "ESTIMATE" in window.energy.note
     assert "unknown CPU" in window.energy.note
     assert "no RAPL" in window.energy.note
+
+
+def test_auto_is_none_where_nothing_can_be_read_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_proc() -> None:
+        raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(psutil, "Process", no_proc)
+    with open_meter("auto", tmp_path) as meter, meter.measure() as window:
+        pass
+    assert (meter.name, meter.provenance, window.energy) == ("none", None, None)
+    assert "no RAPL" in meter.note
+    assert "no estimate: the CPU time of this process cannot be read" in meter.note
+    told = diagnose_meters(tmp_path)["estimate"]
+    assert not told["works"]
+    assert "mount /proc" in told["reason"]
 
 
 def test_background_calls_happen_until_they_are_stopped() -> None:

@@ -301,6 +301,25 @@ def test_leftovers_of_killed_runs_are_removed(job: Job) -> None:
     execute(job, chain([]))
 
     assert not left.exists()
+    resumed = {
+        name: json.loads((job.place(name) / STAGE_FILE).read_text())["resumed"]
+        for name in ("first", "second")
+    }
+    assert resumed == {"first": True, "second": False}, "what the killed one spent is in no row"
+
+
+def test_a_machine_where_nothing_can_be_measured_runs_and_says_why(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Meter("none")
+    nothing.note = "no counter: none here; no estimate: /proc is not mounted"
+    monkeypatch.setattr(pipeline, "open_meter", lambda name: nothing)
+
+    execute(job, chain([]))
+
+    content = json.loads((job.place("first") / STAGE_FILE).read_text())
+    assert content["energy"] is None
+    assert content["energy_gap"] == nothing.note
 
 
 def test_two_at_work_in_one_run_are_refused(job: Job) -> None:

@@ -164,6 +164,7 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
                 "or choose another --name"
             ) from None
     try:
+        killed = {stage.name for stage in stages if storage.has_partial(job.folder, stage.name)}
         for place in (job.folder, job.folder / "checkpoints"):
             storage.remove_partial(place)
         if not finished:
@@ -178,7 +179,7 @@ def execute(job: Job, stages: Sequence[Stage], finished: Sequence[str] = ()) -> 
             if complete:
                 say(f"{title}: complete")
             else:
-                _run_stage(job, stage, hashes, title)
+                _run_stage(job, stage, hashes, title, killed=stage.name in killed)
     finally:
         lock.release()
 
@@ -232,7 +233,7 @@ def _is_complete(job: Job, stage: Stage, inputs_sha256: str) -> bool:
     return True
 
 
-def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> None:
+def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str, *, killed: bool) -> None:
     say(f"{title} …")
     inputs_sha256 = hashes[stage.name]
     checkpoint = job.checkpoint(stage.name, inputs_sha256)
@@ -243,8 +244,8 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str) -> No
         "seed": job.recipe.seed,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         "versions": versions(),
-        # what a killed process spent before its checkpoint is nowhere: the joules are a lower bound
-        "resumed": any(checkpoint.parent.glob(f"{checkpoint.stem}*.safetensors")),
+        # what a killed process spent is nowhere: the joules are a lower bound
+        "resumed": killed or any(checkpoint.parent.glob(f"{checkpoint.stem}*.safetensors")),
     }
     with storage.atomic_folder(job.place(stage.name)) as folder:
         work = Work(job=job, folder=folder, checkpoint=checkpoint)
@@ -280,6 +281,8 @@ def _measured(job: Job, content: dict[str, Any], function: Callable[[], dict[str
             content["energy_gap"] = "other runs shared this machine and its GPU"
     try:
         with open_meter(name) as meter, meter.measure() as window:
+            if meter.provenance is None and meter.note:
+                content["energy_gap"] = meter.note
             content["results"] = function()
     except MeasurementError as error:
         if "results" not in content:

@@ -134,6 +134,11 @@ def _sync_files(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def has_partial(folder: Path, name: str) -> bool:
+    """Whether a killed writer of the folder ``name`` left something in ``folder``."""
+    return any(folder.glob(f"{PARTIAL_PREFIX}{glob.escape(name)}-*"))
+
+
 def remove_partial(folder: Path, name: str = "") -> None:
     """Remove what killed writers of the folder ``name`` (of anything) left in ``folder``."""
     ours = f"{glob.escape(name)}-" if name else ""

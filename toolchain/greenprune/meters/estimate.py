@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from greenprune.errors import MeasurementError
 from greenprune.meters._pyjoules import Device, Domain
 from greenprune.meters.device import NamedDomain
 
@@ -83,7 +84,12 @@ class EstimateDevice(Device):  # type: ignore[misc]
         self.configure()
         self._tdp_watts = tdp_watts
         self._cores = os.cpu_count() or 1
-        self._process = psutil.Process()
+        try:
+            self._process = psutil.Process()
+        except psutil.Error as error:
+            raise MeasurementError(
+                f"the CPU time of this process cannot be read ({error}); mount /proc"
+            ) from error
         self._lock = threading.Lock()
         self._joules = [0.0, 0.0, 0.0]
         self._children_seconds = 0.0

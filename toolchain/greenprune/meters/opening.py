@@ -27,7 +27,7 @@ def open_meter(name: str = "auto", root: Path = _HERE, tdp_watts: float | None =
     ``auto`` takes the best that a real read proves: on a board with power sensors ``ina``, which
     holds the GPU too; elsewhere ``rapl``, or ``estimate`` where RAPL does not work; and where
     a GPU is visible ``+nvml``, since whatever uses it takes joules of both. CUDA_VISIBLE_DEVICES=
-    (empty) leaves the GPU out.
+    (empty) leaves the GPU out. Where nothing can be read it is ``none``, and its note says why.
 
     Args:
         name: ``auto``, ``ina``, ``rapl``, ``nvml``, ``estimate``, ``none`` (no joules at all); a
@@ -100,26 +100,30 @@ def _auto(clock: Clock, root: Path, tdp_watts: float | None) -> Meter:
             return Meter("ina", [_ina(clock, root)])
         except MeasurementError as problem:
             why.append(f"no power rails: {problem}")
-    name = "rapl"
+    names, sources = ["rapl"], []
     try:
-        sources = [_proved(_rapl(clock, root))]
+        sources.append(_proved(_rapl(clock, root)))
     except MeasurementError as problem:
-        name = "estimate"
+        names = ["estimate"]
         why.append(f"no counter: {problem}")
-        sources = [_estimate(clock, root, tdp_watts)]
+        try:
+            sources.append(_estimate(clock, root, tdp_watts))
+        except MeasurementError as reason:
+            names = []
+            why.append(f"no estimate: {reason}")
     if root == _HERE:
         from greenprune.meters import nvml
 
         try:
             if nvml.is_here():
                 sources.append(_proved(_nvml(clock)))
-                name += "+nvml"
+                names.append("nvml")
         except MeasurementError as problem:
             why.append(f"the GPU is not in it: {problem}")
         except BaseException:
-            Meter(name, sources).close()
+            Meter("+".join(names), sources).close()
             raise
-    meter = Meter(name, sources)
+    meter = Meter("+".join(names) or "none", sources)
     meter.note = "; ".join(part for part in (meter.note, *why) if part)
     return meter
 
