@@ -107,10 +107,11 @@ def refusal(path: Path, runtime: str) -> Iterator[None]:
     except (GreenpruneError, OSError):
         raise
     except Exception as error:  # each runtime has exceptions of its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        # whole, on one line: OpenVINO names the node and the cause before its last line
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise TargetError(
             f"{path}: expected a network that {runtime} {version(runtime)} accepts; it refuses: "
-            f"{reason[-1]}; export it again with the versions installed here"
+            f"{reason}; export it again with the versions installed here"
         ) from error
 
 

@@ -21,7 +21,7 @@ import jetson_tree
 
 from greenprune.errors import MeasurementError, TargetError
 from greenprune.harness import protocol
-from greenprune.harness.environment import diagnose
+from greenprune.harness.environment import diagnose, print_diagnosis
 from greenprune.meters import nvml
 from greenprune.registry import load_target
 from greenprune_targets.board import BOARDS, JETPACKS, Board, check_board, describe
@@ -162,6 +162,8 @@ def test_the_extra_brings_cuda_python_of_the_jetpack(l4t: str) -> None:
     (chosen,) = [each for each in wanted if each.marker and each.marker.evaluate(environment)]
     assert chosen.name == "cuda-python"
     assert jetpack.version == "6.0" or chosen.specifier.contains(f"{jetpack.cuda}.0")
+    following = int(str(jetpack.cuda).partition(".")[0]) + 1
+    assert not chosen.specifier.contains(f"{following}.0"), "pip would take another CUDA's"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,11 @@ def test_the_extra_brings_cuda_python_of_the_jetpack(l4t: str) -> None:
     ],
 )
 def test_a_missing_runtime_s_command_is_named(
-    monkeypatch: pytest.MonkeyPatch, target: str, runtime: str, command: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    runtime: str,
+    command: str,
 ) -> None:
     found = load_target(target)
     monkeypatch.setattr(type(found), "runtimes_here", lambda self: ())
@@ -182,4 +188,7 @@ def test_a_missing_runtime_s_command_is_named(
     manifest: Any = SimpleNamespace(name="digits", target=target, variants={"dense": dense})
     with pytest.raises(TargetError, match=f"installed here are none; {command}"):
         protocol.choose_runtimes(manifest, None)
-    assert diagnose()["targets"][target]["lacks"][runtime] == found.how_to_install(runtime)
+    told = diagnose()
+    assert told["targets"][target]["lacks"][runtime] == found.how_to_install(runtime)
+    print_diagnosis(told)
+    assert f"{runtime} is not installed: {found.how_to_install(runtime)}" in capsys.readouterr().out

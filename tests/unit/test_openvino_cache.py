@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ pytest.importorskip("openvino", reason="pip install 'greenprune[x86]'")
 from greenprune.bundle import open_bundle
 from greenprune.errors import TargetError
 from greenprune.registry import load_target
-from greenprune_targets import x86
+from greenprune_targets import openvino_cache, x86
 
 
 @pytest.fixture
@@ -70,6 +71,26 @@ def test_a_second_opening_compiles_nothing(
     assert (core.compiled, list(kept.iterdir())) == (1, [blob])
     load_target("x86").open(artifact, "openvino", 2)
     assert core.compiled == 2, "other threads, another network"
+
+
+@pytest.mark.parametrize("changed", ["version", "instruction sets"])
+def test_another_version_or_processor_compiles_its_own(
+    kept: Path,
+    artifact: Path,
+    inputs: Any,
+    core: Counting,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:
+    """A blob holds for the OpenVINO and the kernels that it was made with."""
+    answer(artifact, inputs)
+    if changed == "version":
+        other = SimpleNamespace(get_version=lambda: "another version")
+        monkeypatch.setattr(x86, "_openvino", lambda: other)
+    else:
+        monkeypatch.setattr(openvino_cache, "processor", lambda: {"isa": ["another set"]})
+    answer(artifact, inputs)
+    assert (core.compiled, len(list(kept.iterdir()))) == (2, 2)
 
 
 def test_batch_1_has_a_network_of_its_own_and_others_share_one(

@@ -136,6 +136,7 @@ import json, os, sys
 from pathlib import Path
 os.sched_setaffinity(0, json.loads(sys.argv[3]))
 import numpy as np, onnxruntime  # whose import starts a thread of its own
+from greenprune.cores import session_threads
 from greenprune.registry import load_target
 artifact, runtime = Path(sys.argv[1]), sys.argv[2]
 def mask_of_each_thread():
@@ -152,7 +153,7 @@ else:
     one, used = (model.get_property("INFERENCE_NUM_THREADS") for model in models)
     assert one == used
 outside = [name for name, mask in masks.items() if not mask <= os.sched_getaffinity(0)]
-print(json.dumps([used, outside]))
+print(json.dumps([used, session_threads(int(sys.argv[4])), outside]))
 """
 
 
@@ -175,9 +176,8 @@ def test_sessions_stay_within_the_affinity_mask(
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        used, outside = json.loads(done.stdout)
-        allowed = min(asked, len(mask)) if asked else len(mask)
-        assert used == allowed if runtime == "openvino" else used <= allowed
+        used, expected, outside = json.loads(done.stdout)
+        assert used == expected
         assert outside == [], "a thread may run where this process must not"
 
 
@@ -278,6 +278,61 @@ def test_a_file_that_is_no_network_is_refused_by_name(runtime: str, tmp_path: Pa
         target.open(broken, "tensorrt", 1)
     with pytest.raises(TargetError, match="no runtime 'tensorrt'"):
         target.compile(broken, Build(runtime="tensorrt"), tmp_path, "a")
+
+
+def write_odd_graph(path: Path, operator: str, **attributes: Any) -> Path:
+    """A graph whose second node, ``odd``, no runtime accepts."""
+    onnx = pytest.importorskip("onnx")
+    nodes = [
+        onnx.helper.make_node("Relu", ["input"], ["active"], name="first"),
+        onnx.helper.make_node(operator, ["active"], ["logits"], name="odd", **attributes),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("input", [1, 4, 8, 8]), ("logits", None))
+    ]
+    graph = onnx.helper.make_graph(nodes, "odd", ends[:1], ends[1:])
+    opset = onnx.helper.make_opsetid("", 20)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("runtime", "operator", "attributes", "told"),
+    [
+        ("onnxruntime", "NoSuch", {}, r'"odd", NoSuch'),
+        ("openvino", "NoSuch", {}, "operations: NoSuch"),  # it tells no node here
+        (
+            "openvino",
+            "DepthToSpace",
+            {"blocksize": 2, "mode": "odd"},
+            r"<Node\(DepthToSpace\): logits>.*only 'DCR' and 'CRD' modes",
+        ),
+    ],
+)
+def test_an_unsupported_operator_is_refused_and_named(
+    runtime: str, operator: str, attributes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(runtime)
+    graph = write_odd_graph(tmp_path / "odd.onnx", operator, **attributes)
+    target = registry.load_target("x86")
+    with pytest.raises(TargetError, match=f"it refuses: .*{told}"):
+        target.open(target.compile(graph, Build(runtime=runtime), tmp_path, "net"), runtime, 1)
+
+
+@pytest.mark.parametrize("images", [None, np.zeros((0, 1, 16, 16), np.float32)])
+@pytest.mark.parametrize(
+    ("name", "runtime"),
+    [("x86", "onnxruntime"), ("x86", "openvino"), ("cuda", "tensorrt"), ("jetson", "tensorrt")],
+)
+def test_int8_without_images_to_calibrate_with_is_refused(
+    name: str, runtime: str, images: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    build = Build(runtime=runtime, precision="int8", calibration=images)
+    graph = tiny_bundle / "graphs/mild.onnx"
+    with pytest.raises(TargetError, match=r"int8 needs images.*set compile\.calibration_images"):
+        registry.load_target(name).compile(graph, build, tmp_path / "out", "net")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_runtime_names_its_command(
