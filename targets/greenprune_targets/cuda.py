@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from greenprune.errors import MeasurementError
-from greenprune.meters import nvml
 from greenprune.registry import Capabilities
 from greenprune_targets.board import describe
 from greenprune_targets.tensorrt_target import TensorRtTarget
@@ -27,9 +28,14 @@ class Cuda(TensorRtTarget):
 
     def is_here(self) -> bool:
         """Whether such a GPU and TensorRT are here; a Jetson has targets of its own."""
-        if not super().is_here() or describe().is_jetson:
-            return False
-        try:
-            return nvml.is_here()
-        except MeasurementError:  # a driver that fails
-            return False
+        return super().is_here() and not describe().is_jetson and _has_gpu()
+
+
+@cache  # a session asks whenever its policy changes, and NVML takes milliseconds to start
+def _has_gpu() -> bool:
+    from greenprune.meters import nvml  # here: not every session needs meters
+
+    try:
+        return nvml.is_here()
+    except MeasurementError:  # a driver that fails
+        return False

@@ -40,7 +40,7 @@ class Jetson(TensorRtTarget):
     def how_to_install(self, runtime: str) -> str:
         """JetPack's own package, which an environment must be made to see."""
         return (
-            "sudo apt install python3-libnvinfer, in an environment made with "
+            "on the board, sudo apt install python3-libnvinfer, in an environment made with "
             "--system-site-packages"
         )
 

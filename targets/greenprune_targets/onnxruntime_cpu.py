@@ -54,7 +54,7 @@ def open_session(artifact: Path, threads: int, *, optimise: bool = True) -> Onnx
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingPackageError("onnxruntime", "x86") from error
+        raise MissingPackageError("onnxruntime") from error
 
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel

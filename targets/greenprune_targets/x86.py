@@ -44,7 +44,7 @@ class X86(BaseTarget):
         may saturate."""
         if precision != "int8":
             return ""
-        return "VNNI" if VNNI & set(processor()["isa"]) else "no VNNI"
+        return "VNNI" if _has_vnni() else "no VNNI"
 
     def compile(self, graph: Path, build: Build, folder: Path, name: str) -> Path:
         """ONNX Runtime: the graph itself, with Q/DQ for int8. OpenVINO: its portable IR, ``.xml``
@@ -148,6 +148,11 @@ class OpenVinoRunner:
             self._one = self._any = self._shape = None
         self._requests.clear()
         self._requests_any.clear()
+
+
+@cache  # a session asks whenever its policy changes
+def _has_vnni() -> bool:
+    return not VNNI.isdisjoint(processor()["isa"])
 
 
 def _compiler(artifact: Path, threads: int) -> Callable[[int | None], Any]:

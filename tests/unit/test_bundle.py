@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from greenprune import bundle
 from greenprune.errors import BundleError, StorageError
+from greenprune_targets import x86
 
 REPLAY = "samples/replay_inputs.npy"
 
@@ -238,6 +239,7 @@ def test_a_certificate_of_int8_holds_for_the_processor_s_arithmetic(
     monkeypatch: pytest.MonkeyPatch, isa: list[str], told: str
 ) -> None:
     monkeypatch.setattr("greenprune_targets.x86.processor", lambda: {"isa": isa})
+    monkeypatch.setattr(x86, "_has_vnni", x86._has_vnni.__wrapped__)
     assert bundle.setting("x86", "onnxruntime-int8") == f"x86, onnxruntime, int8, {told}"
     assert bundle.setting("x86", "onnxruntime") == "x86, onnxruntime, fp32"
     assert bundle.setting("arm", "onnxruntime-int8") == "arm, onnxruntime, int8"

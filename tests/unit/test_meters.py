@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +31,13 @@ def test_auto_falls_back_to_the_estimate_and_says_why(tmp_path: Path) -> None:
     assert "ESTIMATE" in window.energy.note
     assert "unknown CPU" in window.energy.note
     assert "no RAPL" in window.energy.note
+
+
+@pytest.mark.parametrize("name", ["auto", "estimate", "none"])
+@pytest.mark.parametrize("watts", [0.0, -5.0, math.nan, math.inf])
+def test_a_tdp_that_cannot_be_is_refused_by_every_meter(name: str, watts: float) -> None:
+    with pytest.raises(MeasurementError, match="expected a finite number of watts above zero"):
+        open_meter(name, tdp_watts=watts)
 
 
 def test_auto_is_none_where_nothing_can_be_read_and_says_why(

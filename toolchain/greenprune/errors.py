@@ -98,12 +98,13 @@ class NotAvailableError(GreenpruneError):
 
 
 class MissingPackageError(GreenpruneError):
-    """An optional package is not installed."""
+    """A package is not installed; ``extra`` brings it, or None: it is named as it is."""
 
-    def __init__(self, package: str, extra: str) -> None:
+    def __init__(self, package: str, extra: str | None = None) -> None:
+        wanted = package if extra is None else f"'greenprune[{extra}]'"
         super().__init__(
             f"the package '{package}' is needed here and is not installed; "
-            f"run: pip install 'greenprune[{extra}]'"
+            f"run: pip install {wanted}"
         )
         self.package = package
         self.extra = extra

@@ -277,28 +277,31 @@ def price_of(job: Job) -> within.Price:
     table: CostTable = cost_table.read(job.place(STAGE) / TABLE)
     example = parts.example_of(job.data)
     dense = parts.load(job, "train")[0]
-    priced: dict[str, list[LayerShape]] = {}
-    for layer in shapes_of(dense, example, surgery.analyse_and_try(dense, example)):
-        priced.setdefault(layer.module, []).append(layer.shape)
+    whole = shapes_of(dense, example, surgery.analyse_and_try(dense, example))
 
     def of(network: nn.Module, analysis: Analysis) -> dict[str, optimise.Prices]:
-        # what a removed block leaves may follow a layer otherwise, and a convolution in groups may
-        # have lost some; each call was priced as it was
-        calls = {module: iter(shapes) for module, shapes in priced.items()}
-        layers = [
-            replace(layer, shape=next(calls[layer.module]))
-            for layer in shapes_of(network, example, analysis)
-        ]
-        return Predictor(layers, table).prices()
+        return Predictor(as_priced(shapes_of(network, example, analysis), whole), table).prices()
 
     return of
+
+
+def as_priced(
+    layers: Iterable[PricedLayer], whole: Iterable[PricedLayer]
+) -> tuple[PricedLayer, ...]:
+    """What is left of a network, each call with the shape that it had in the ``whole`` one: what a
+    removed block leaves may follow a layer otherwise, and a convolution in groups may have lost
+    some, but the table knows them as they were."""
+    shapes: dict[str, list[LayerShape]] = {}
+    for layer in whole:
+        shapes.setdefault(layer.module, []).append(layer.shape)
+    calls = {module: iter(own) for module, own in shapes.items()}
+    return tuple(replace(layer, shape=next(calls[layer.module])) for layer in layers)
 
 
 def measure_of(job: Job, variant: str) -> within.Measure | None:
     """How two networks are measured side by side; None where the device is not here.
 
-    The aggressive one has a selector's head on, as it will be shipped: trained or not, it costs
-    the same.
+    The aggressive one has a selector's head on, as it will be shipped.
     """
     if not is_asked(job.recipe) or not load_target(job.recipe.compile.target).is_here():
         return None
@@ -308,8 +311,7 @@ def measure_of(job: Job, variant: str) -> within.Measure | None:
 
     def measure(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[float, float]]:
         if variant == "aggressive":
-            classes, hidden = len(job.data.class_names), job.recipe.selector.hidden
-            pruned = selector.untrained(pruned, parts.example_of(job.data), classes, hidden)
+            pruned = _with_head(job, pruned)
         networks = {"dense": dense, "pruned": pruned}
         (racer,) = _race(job, networks, [runtime], joules=joules).racers
         latency, energy = racer.latency_ms, racer.energy_mj
@@ -325,3 +327,12 @@ def measure_of(job: Job, variant: str) -> within.Measure | None:
         return found
 
     return measure
+
+
+def _with_head(job: Job, network: nn.Module) -> nn.Module:
+    """The network and a selector's head, which costs the same whatever it will have learned; alone
+    where no selector can read it, so that it can be pruned and nothing more."""
+    try:
+        return selector.untrained(network, parts.example_of(job.data), job.recipe.selector.hidden)
+    except PruningError:
+        return network

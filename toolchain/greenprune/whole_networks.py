@@ -51,8 +51,7 @@ def race_networks(
             graph = place / f"{name}.onnx"
             scored = isinstance(network, ScoredNetwork)
             names = ["logits", "score"] if scored else ["logits"]
-            opset = device.capabilities.opset
-            onnx_export.export_onnx(network, images, graph, names, opset=opset)
+            onnx_export.export_onnx(network, images, graph, names, opset=device.capabilities.opset)
             for runtime in runtimes:
                 base, precision = split_runtime(runtime)
                 needed = calibration if precision == "int8" else None

@@ -87,17 +87,19 @@ class ScoredNetwork(nn.Module):
         return logits, self.head(features, logits)
 
 
-def untrained(
-    network: nn.Module, example_input: Tensor, classes: int, hidden: int
-) -> ScoredNetwork:
+def untrained(network: nn.Module, example_input: Tensor, hidden: int) -> ScoredNetwork:
     """A network and a head that has learned nothing, to measure what the two cost.
 
     Raises:
-        PruningError: as :func:`tap`.
+        PruningError: as :func:`tap`, or its answers are not [N, classes].
     """
     with torch.no_grad():
-        _, features = tap(network)(example_input)
-    return ScoredNetwork(network, SelectorHead(features.shape[1], classes, hidden)).eval()
+        logits, features = tap(network)(example_input)
+    if logits.ndim != 2:
+        raise PruningError(
+            f"the selector reads logits: expected [N, classes], got {list(logits.shape)}"
+        )
+    return ScoredNetwork(network, SelectorHead(features.shape[1], logits.shape[1], hidden)).eval()
 
 
 class MspNetwork(nn.Module):

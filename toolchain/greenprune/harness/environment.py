@@ -157,10 +157,11 @@ def print_diagnosis(found: dict[str, Any]) -> None:
     for place, free in found["disk_free_gb"].items():
         print(f"disk free: {free} GB at {place}")
     print("targets:")
+    width = 2 + max(map(len, found["targets"]))
     for name, target in found["targets"].items():
-        print(f"  {name:<9}{target['status']}")
+        print(f"  {name:<{width}}{target['status']}")
         for runtime, command in target["lacks"].items():
-            print(f"  {'':<9}{runtime} is not installed: {command}")
+            print(f"  {'':<{width}}{runtime} is not installed: {command}")
     print("meters:")
     for name, meter in found["meters"].items():
         print(f"  {name:<9}{'works' if meter['works'] else meter['reason']}")

@@ -39,13 +39,18 @@ def open_meter(name: str = "auto", root: Path = _HERE, tdp_watts: float | None =
             on a virtual machine the host's x the vCPUs / the host's threads.
 
     Raises:
-        MeasurementError: an unknown name, or the meter asked for cannot be read.
+        MeasurementError: an unknown name, a TDP that cannot be, or the meter asked for cannot be
+            read.
     """
     return open_with(Clock(), name, root, tdp_watts)
 
 
 def open_with(clock: Clock, name: str, root: Path = _HERE, tdp_watts: float | None = None) -> Meter:
     """:func:`open_meter` by another clock, for simulations."""
+    if tdp_watts is not None and not 0 < tdp_watts < math.inf:
+        raise MeasurementError(
+            f"tdp_watts = {tdp_watts}: expected a finite number of watts above zero"
+        )
     if name == "none":
         return Meter("none")
     if name == "auto":
@@ -190,10 +195,6 @@ def _estimate(clock: Clock, root: Path, tdp_watts: float | None) -> Source:
 
     model = "unknown CPU, 4 to 12 W a busy core"
     if tdp_watts is not None:
-        if not 0 < tdp_watts < math.inf:
-            raise MeasurementError(
-                f"tdp_watts = {tdp_watts}: expected a finite number of watts above zero"
-            )
         model = f"TDP {tdp_watts:g} W x load of this process"
         if is_virtual(root):
             model += (

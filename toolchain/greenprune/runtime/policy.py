@@ -152,12 +152,13 @@ def provenance(manifest: Manifest) -> str:
 def dial(manifest: Manifest, runtime: str) -> tuple[DialRow, ...]:
     """The rows of the manifest; certified are those whose certificate holds on ``runtime``."""
     record = manifest.selector
-    here = _holds_here(manifest, runtime)
+    if _holds_here(manifest, runtime):
+        return record.table
     elsewhere = f"certified on {record.certified_on or 'no device yet'} only"
     if record.certified_on == manifest.setting(runtime):
         elsewhere += ", and this machine is another"
     return tuple(
-        row if here or not row.certified else replace(row, certified=False, reason=elsewhere)
+        replace(row, certified=False, reason=elsewhere) if row.certified else row
         for row in record.table
     )
 

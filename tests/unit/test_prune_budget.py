@@ -1,0 +1,65 @@
+"""What of a network a budget is held to: its layers as priced, its head on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="pruning is the host's")
+
+import torch
+from torch import Tensor, nn
+
+from greenprune import prune_budget
+from greenprune.adaptive.selector import ScoredNetwork
+from greenprune.pruning.graph import analyse
+from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
+from greenprune.recipe import Recipe
+
+EXAMPLE = torch.zeros(2, 3, 16, 16)
+
+
+class Twice(nn.Module):
+    """One layer called at two sizes, and one in groups."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 3, padding=1)
+        self.widen = nn.Conv2d(3, 4 * groups, 1)
+        self.grouped = nn.Conv2d(4 * groups, 4 * groups, 3, padding=1, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = nn.functional.avg_pool2d(self.shared(x), 2)
+        answer: Tensor = self.grouped(self.widen(self.shared(small)))
+        return answer
+
+
+def layers_of(network: nn.Module) -> tuple[PricedLayer, ...]:
+    network.eval()
+    return shapes_of(network, EXAMPLE, analyse(network, EXAMPLE))
+
+
+def test_each_call_of_what_is_left_is_priced_as_it_was() -> None:
+    whole, left = layers_of(Twice(groups=4)), layers_of(Twice(groups=3))
+    found = prune_budget.as_priced(left, whole)
+    assert [layer.shape for layer in found] == [layer.shape for layer in whole]
+    shared = [layer.shape.input_size for layer in found if layer.module == "shared"]
+    assert shared == [(16, 16), (8, 8)]
+    (grouped,) = (layer for layer in found if layer.module == "grouped")
+    assert (grouped.shape.groups, grouped.out_width) == (4, 12)
+
+
+def test_a_head_is_measured_where_a_selector_could_read_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job: Any = SimpleNamespace(recipe=Recipe(), data=None)
+    monkeypatch.setattr(prune_budget.parts, "example_of", lambda data: EXAMPLE)
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    scored = prune_budget._with_head(job, nn.Sequential(*body, nn.Linear(8, 5)).eval())
+    assert isinstance(scored, ScoredNetwork)
+    logits, score = scored(EXAMPLE)
+    assert (logits.shape, score.shape) == ((2, 5), (2,))
+    for unreadable in (nn.Sequential(*body[:2]), nn.Sequential(nn.ReLU())):  # a map; no layer
+        assert prune_budget._with_head(job, unreadable.eval()) is unreadable
