@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from greenprune import cost_tables, data, models, schema, storage
 from greenprune.harness import race
 from greenprune.harness.statistics import paired_ratio
+from greenprune.models.resnet import BasicBlock, PaddedShortcut
 from greenprune.pruning import budget, limits, optimise, record, removal, surgery, within
 from greenprune.pruning.batchnorm import reestimate
 from greenprune.pruning.cost import count
@@ -232,12 +233,21 @@ def keep(
 
 
 def torch_pruning(subject: Subject) -> nn.Module:
-    """Global magnitude pruning in small steps until the MACs are halved; all but the classifier."""
+    """Global magnitude pruning in small steps until the MACs are halved; never of the classifier.
+
+    Of a network with padded shortcuts, which it does not follow (the sums no longer fit), the first
+    layer of each block alone is pruned.
+    """
     import torch_pruning as tp
 
     network = copy.deepcopy(subject.network)
     example = subject.images[:1]
-    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    whole: list[nn.Module] = linear[-1:]
+    if any(isinstance(module, PaddedShortcut) for module in network.modules()):
+        inside = {block.conv1 for block in network.modules() if isinstance(block, BasicBlock)}
+        convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        whole += [layer for layer in convolutions if layer not in inside]
     pruner = tp.pruner.MagnitudePruner(
         network,
         example,
@@ -247,11 +257,11 @@ def torch_pruning(subject: Subject) -> nn.Module:
         max_pruning_ratio=1 - KEEP_AT_LEAST,
         iterative_steps=100,
         round_to=8,
-        ignored_layers=[last],
+        ignored_layers=whole,
     )
-    whole = count(network, example).macs
+    aim = SHARE * count(network, example).macs
     for _ in range(100):
-        if count(network, example).macs <= SHARE * whole:
+        if count(network, example).macs <= aim:
             break
         pruner.step()
     return network.eval()

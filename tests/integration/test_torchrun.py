@@ -21,7 +21,13 @@ torch = pytest.importorskip("torch", reason="training needs the extra 'host'")
 from torch import Tensor, nn  # noqa: E402
 
 from greenprune import data, models, training  # noqa: E402
-from greenprune.recipe import DataSettings, TrainingSettings  # noqa: E402
+from greenprune.pipeline import Job, Stage, Work, execute  # noqa: E402
+from greenprune.recipe import (  # noqa: E402
+    BenchSettings,
+    DataSettings,
+    Recipe,
+    TrainingSettings,
+)
 
 SETTINGS = TrainingSettings(epochs=2, batch_size=50, learning_rate=0.005, warmup_epochs=0.5)
 LIMIT_SECONDS = 240
@@ -66,8 +72,31 @@ def fitted(network: nn.Module) -> tuple[list[float], dict[str, Tensor]]:
     return list(history.loss), network.state_dict()
 
 
+def measured(folder: Path) -> None:
+    """A stage in which the second process works for a second and the first waits for it."""
+
+    def work(_: Work) -> dict[str, Any]:
+        begun, done = folder / "begun", folder / "done"
+        if os.environ["RANK"] == "0":
+            begun.touch()
+            while not done.exists():
+                time.sleep(0.02)
+        else:
+            while not begun.exists():
+                time.sleep(0.02)
+            start = time.process_time()
+            while time.process_time() < start + 1:
+                pass
+            done.touch()
+        return {}
+
+    settings = Recipe(bench=BenchSettings(meter="estimate"))
+    execute(Job(settings, folder / "run"), [Stage("train", work, trains=True)])
+
+
 def main(folder: Path) -> None:
     """What each of the two processes does."""
+    measured(folder)
     for name, build in (("plain", plain), ("normed", normed)):
         losses, state = fitted(build())
         torch.save({"losses": losses, "state": state}, folder / f"{name}-{os.environ['RANK']}.pt")
@@ -115,6 +144,14 @@ def test_two_processes_have_the_losses_and_the_weights_of_one(
     for key, value in state.items():
         torch.testing.assert_close(found[0]["state"][key], value, rtol=1e-2, atol=1e-3)
         assert torch.equal(found[0]["state"][key], found[1]["state"][key]), key
+
+
+def test_the_estimate_counts_all_processes_on_this_machine(together: Path) -> None:
+    stage = json.loads((together / "run" / "train" / "stage.json").read_text())
+
+    assert stage["energy"]["low"] >= 4.0 * 0.9
+    assert "torchrun" in stage["energy"]["scope"]
+    assert "energy_gap" not in stage
 
 
 def test_a_batchnorm_over_the_whole_batch_would_be_noticed() -> None:

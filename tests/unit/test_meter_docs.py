@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -108,7 +109,7 @@ def test_a_reading_that_is_no_number_of_joules_is_an_error(
     monkeypatch: pytest.MonkeyPatch, bad: float, from_s: float, seconds: float
 ) -> None:
     clock = trees.SimulatedClock()
-    begin = clock.time
+    begin = clock.time + 1.0
 
     def get_energy(self: Any) -> list[float]:
         fails = begin + from_s <= clock.time < begin + from_s + seconds
@@ -117,6 +118,7 @@ def test_a_reading_that_is_no_number_of_joules_is_an_error(
 
     energies = []
     with open_with(clock, external(monkeypatch, clock, get_energy=get_energy)) as meter:
+        clock.advance(1.0)
         with suppress(MeasurementError), meter.measure() as window:
             clock.advance(max(0.0, begin + 5.0 - clock.time))
         energies.append(window.energy)
@@ -153,15 +155,88 @@ def test_a_users_device_that_fails_is_told_by_the_period_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = trees.SimulatedClock()
+    begin = clock.time
 
     def get_energy(self: Any) -> list[float]:
-        raise ValueError("no answer")
+        if clock.time > begin:
+            raise ValueError("no answer")
+        return [0.0, 0.0]
 
+    place = external(monkeypatch, clock, get_energy=get_energy)
     with (
-        open_with(clock, external(monkeypatch, clock, get_energy=get_energy)) as meter,
+        open_with(clock, place) as meter,
         pytest.raises(MeasurementError, match="ValueError: no answer"),
     ):
         _ = meter.period_seconds
+    with pytest.raises(MeasurementError, match="ValueError: no answer"):
+        open_with(clock, place)
+
+
+def measure_analyser(
+    monkeypatch: pytest.MonkeyPatch, counted_uj: Callable[[float], float]
+) -> float | None:
+    """Joules of a minute, by a counter that says ``counted_uj`` of the seconds of the window; its
+    ticks are 0.1 s."""
+    clock = trees.SimulatedClock()
+    begin = clock.time + 1.0
+
+    def get_energy(self: Any) -> list[float]:
+        return [counted_uj(trees.last_tick(clock.time - begin, 0.1, 0.0)), clock.time * 1e6]
+
+    with open_with(clock, external(monkeypatch, clock, get_energy=get_energy)) as meter:
+        clock.advance(begin - clock.time)
+        with meter.measure() as window:
+            clock.advance(60.0)
+    assert clock.background_calls == 0
+    return None if window.energy is None else window.energy.value
+
+
+def test_a_users_counter_that_is_reset_within_a_window_makes_it_invalid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first and last readings alone would give 1400 J in place of 1800."""
+
+    def restarted(seconds: float) -> float:
+        return 1e6 * (100.0 + 30.0 * seconds if seconds < 10.0 else 30.0 * (seconds - 10.0))
+
+    with pytest.raises(MeasurementError, match=r"one: went back from .* was reset"):
+        measure_analyser(monkeypatch, restarted)
+
+
+@pytest.mark.parametrize("until", [20.0, 1e9])
+def test_a_users_counter_that_freezes_within_a_window_makes_it_invalid(
+    monkeypatch: pytest.MonkeyPatch, until: float
+) -> None:
+    def frozen(seconds: float) -> float:
+        lost = min(max(0.0, seconds - 10.0), until - 10.0)
+        return 30e6 * (seconds - lost)
+
+    with pytest.raises(MeasurementError, match="one: the counter stands still"):
+        measure_analyser(monkeypatch, frozen)
+
+
+def test_a_users_counter_may_tick_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(seconds: float) -> float:
+        return 30e6 * trees.last_tick(seconds, 4.9, 0.0)
+
+    assert measure_analyser(monkeypatch, slow) == pytest.approx(31.0 * 60, rel=0.1)
+
+
+def test_a_users_counter_may_start_anew_between_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = trees.SimulatedClock()
+    since = [0.0]
+
+    def get_energy(self: Any) -> list[float]:
+        return [1e7 * (trees.last_tick(clock.time, 0.1, 0.0) - since[0])] * 2
+
+    with open_with(clock, external(monkeypatch, clock, get_energy=get_energy)) as meter:
+        for _ in range(2):
+            clock.advance(1e4)
+            with meter.measure() as window:
+                clock.advance(20.0)
+            assert window.energy is not None
+            assert window.energy.value == pytest.approx(400.0, rel=5e-3)
+            since[0] = clock.time
 
 
 def test_a_slow_device_beside_a_fast_counter_adds_nothing_to_it(

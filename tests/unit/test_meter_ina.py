@@ -181,9 +181,24 @@ def test_auto_says_why_it_did_not_take_the_rails(tmp_path: Path) -> None:
 
 
 def test_auto_takes_the_rails_of_a_board(tmp_path: Path) -> None:
-    trees.write_board(tmp_path, "orin-nx")
-    with open_with(trees.SimulatedClock(), "auto", tmp_path) as meter:
+    clock = trees.SimulatedClock()
+    drive_board(clock, tmp_path, "orin-nx", WATTS)
+    with open_with(clock, "auto", tmp_path) as meter:
         assert (meter.name, meter.provenance) == ("ina", "measured_rail_integrated")
+
+
+@pytest.mark.parametrize(("milliamperes", "told"), [(0, "0 W for 1.5 s"), (1400, "7 W for 1.5 s")])
+def test_auto_goes_on_where_the_rails_are_at_zero_or_frozen(
+    tmp_path: Path, milliamperes: int, told: str
+) -> None:
+    trees.write_board(tmp_path, "orin-nx")
+    for path in tmp_path.rglob("curr1_input"):
+        path.write_text(f"{milliamperes}\n")
+    with open_with(trees.SimulatedClock(), "auto", tmp_path) as meter:
+        assert meter.name == "estimate"
+        assert "no power rails" in meter.note
+        assert told in meter.note
+    assert told in diagnose_meters(tmp_path)["ina"]["reason"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_tdp_that_cannot_be_is_refused_by_every_meter(name: str, watts: float)
 def test_auto_is_none_where_nothing_can_be_read_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_proc() -> None:
+    def no_proc(_: int | None) -> None:
         raise psutil.NoSuchProcess(1)
 
     monkeypatch.setattr(psutil, "Process", no_proc)
@@ -161,6 +161,41 @@ def test_estimate_counts_the_cpu_time_of_this_process_and_of_children() -> None:
     assert energy.low >= 4.0 * 0.25  # 0.3 CPU seconds, read in ticks of 10 ms
     assert energy.high == pytest.approx(3 * energy.low)
     assert energy.low < energy.value < energy.high
+
+
+def test_estimate_counts_the_siblings_that_a_launcher_started() -> None:
+    """This process waits; its sibling works."""
+    measure = (
+        "import os, sys; from greenprune.meters import open_meter\n"
+        "launcher = os.getppid() if sys.argv[1] == 'all' else None\n"
+        "with open_meter('estimate', launcher=launcher) as meter, meter.measure() as window:\n"
+        "    print('begun', flush=True); input()\n"
+        "print(window.energy.low)"
+    )
+    launch = (
+        "import subprocess, sys\n"
+        "burn = 'import time\\nwhile time.process_time() < 1: pass'\n"
+        "first = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], text=True,\n"
+        "    stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "first.stdout.readline()\n"
+        "subprocess.run([sys.executable, '-c', burn], check=True)\n"
+        "print(first.communicate('\\n')[0])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    low = {
+        who: float(
+            subprocess.run(
+                [sys.executable, "-c", launch, measure, who],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for who in ("all", "itself")
+    }
+    assert low["all"] >= 4.0 * 0.9
+    assert low["itself"] < 4.0 * 0.5
 
 
 def test_estimate_is_measured_also_when_the_work_fails() -> None:

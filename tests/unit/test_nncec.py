@@ -63,7 +63,7 @@ from greenprune.nncec.words import (
     stage_joules,
     stages_table,
 )
-from greenprune.pipeline import LEDGER_FILE, STAGE_FILE, Job, Stage, execute
+from greenprune.pipeline import BEGUN_BEFORE, LEDGER_FILE, STAGE_FILE, Job, Stage, execute
 from greenprune.recipe import Recipe
 
 
@@ -554,7 +554,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         (tmp_path / stage).mkdir()
         (tmp_path / stage / STAGE_FILE).write_text(json.dumps(content))
         identity = f"{stage} {content['started']} {content['inputs_sha256'][:16]}"
-        entered = dataclasses.replace(row(stage, 100.0), identity=identity)
+        note = BEGUN_BEFORE if content["resumed"] else ""
+        entered = dataclasses.replace(row(stage, 100.0), identity=identity, note=note)
         ledger.append(tmp_path / LEDGER_FILE, entered)
     return Job(Recipe(), tmp_path)
 
@@ -635,7 +636,8 @@ def test_resumed_stages_are_said_to_be_lower_bounds(job: Job) -> None:
     assert life_carbon(found, "mild").startswith("at least")
     assert saved_carbon(found, "mild").startswith("at most")
     assert "after at least" in break_evens(found)["mild"]
-    assert any(note.startswith("killed and resumed: finetune-mild") for note in footnotes(found))
+    assert any(note.startswith("measured in part: finetune-mild") for note in footnotes(found))
+    assert BEGUN_BEFORE in provenance(found.stages[2])
 
 
 def test_unmeasured_pruning_saves_nothing_that_is_known() -> None:

@@ -16,7 +16,16 @@ from greenprune import meters, pipeline, recipe
 from greenprune.errors import MeasurementError, RunError, StorageError, TrainingError
 from greenprune.meters import Meter, Window
 from greenprune.nncec import ledger
-from greenprune.pipeline import LEDGER_FILE, RUN_FILE, STAGE_FILE, Job, Stage, Work, execute
+from greenprune.pipeline import (
+    BEGUN_BEFORE,
+    LEDGER_FILE,
+    RUN_FILE,
+    STAGE_FILE,
+    Job,
+    Stage,
+    Work,
+    execute,
+)
 from greenprune.recipe import AccountSettings, BenchSettings, Recipe
 
 Calls = list[str]
@@ -237,7 +246,7 @@ def test_beside_other_runs_no_counter_of_the_machine_is_read(
     """It would count the joules of all of them for each."""
     opened: list[str] = []
 
-    def open_meter(name: str) -> Meter:
+    def open_meter(name: str, **_: object) -> Meter:
         opened.append(name)
         return meters.open_meter("none")
 
@@ -268,6 +277,50 @@ def test_a_meter_that_fails_is_a_gap_and_costs_no_stage(
     assert content["energy_gap"] == "the counter did not move"
     (row,) = ledger.read(job.folder / LEDGER_FILE)
     assert (row.stage, row.joules) == ("first", None)
+
+
+def test_the_recipes_tdp_is_the_estimates(job: Job) -> None:
+    bench = BenchSettings(meter="estimate", tdp_watts=65.0)
+    execute(Job(replace(RECIPE, bench=bench), job.folder), chain([])[:1])
+
+    content = json.loads((job.place("first") / STAGE_FILE).read_text())
+    assert "TDP 65 W" in content["energy"]["note"]
+
+
+def test_the_recipes_tdp_is_the_bench_stages(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment = pytest.importorskip("greenprune.deployment", reason="needs the extra 'host'")
+    asked: dict[str, Any] = {}
+
+    def bench(_: Path, **options: Any) -> NoReturn:
+        asked.update(options)
+        raise MeasurementError("asked")
+
+    monkeypatch.setattr(deployment, "bench", bench)
+    measured = Job(replace(RECIPE, bench=BenchSettings(tdp_watts=65.0)), job.folder)
+    with pytest.raises(MeasurementError, match="asked"):
+        deployment.measure(Work(job=measured, folder=job.folder, checkpoint=job.folder))
+    assert asked["tdp_watts"] == 65.0
+
+
+@pytest.mark.parametrize(
+    ("here", "everywhere", "told"),
+    [("1", "1", ""), ("2", "4", "on other machines"), ("2", "2", "on this machine")],
+)
+def test_joules_without_those_of_other_processes_are_called_a_lower_bound(
+    job: Job, monkeypatch: pytest.MonkeyPatch, here: str, everywhere: str, told: str
+) -> None:
+    """Nothing tells here what started the others."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setenv("WORLD_SIZE", everywhere)
+    measured = Job(replace(RECIPE, bench=BenchSettings(meter="estimate")), job.folder)
+
+    execute(measured, chain([])[:1])
+
+    (row,) = ledger.read(job.folder / LEDGER_FILE)
+    assert row.joules is not None
+    assert told in row.note
+    assert ("a lower bound" in row.note) == bool(told)
 
 
 def test_a_failed_rerun_is_tried_again(job: Job) -> None:
@@ -308,12 +361,25 @@ def test_leftovers_of_killed_runs_are_removed(job: Job) -> None:
     assert resumed == {"first": True, "second": False}, "what the killed one spent is in no row"
 
 
+def test_what_a_killed_process_spent_is_missing_also_where_the_next_one_failed(job: Job) -> None:
+    """Killed, failed, finished: the row of the failed one says that it is not all."""
+    (job.folder / ".partial-first-xyz").mkdir(parents=True)
+    with pytest.raises(TrainingError):
+        execute(job, [failing("first")])
+
+    execute(job, chain([])[:1])
+
+    notes = {row.stage: row.note for row in ledger.read(job.folder / LEDGER_FILE)}
+    assert set(notes) == {"first-stopped", "first"}
+    assert BEGUN_BEFORE in notes["first-stopped"]
+
+
 def test_a_machine_where_nothing_can_be_measured_runs_and_says_why(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = Meter("none")
     nothing.note = "no counter: none here; no estimate: /proc is not mounted"
-    monkeypatch.setattr(pipeline, "open_meter", lambda name: nothing)
+    monkeypatch.setattr(pipeline, "open_meter", lambda name, **_: nothing)
 
     execute(job, chain([]))
 

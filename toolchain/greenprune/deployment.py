@@ -361,6 +361,7 @@ def measure(work: Work) -> dict[str, Any]:
         bundle_folder(job),
         preset=settings.preset,
         meter=settings.meter,
+        tdp_watts=settings.tdp_watts,
         threads=job.recipe.threads,
         seed=job.recipe.seed,
     )
@@ -440,7 +441,6 @@ def account_from(
         "absent": [
             name for name, stage in stages if ledger_identity(stage, name) not in identities
         ],
-        "incomplete": [name for name, stage in stages if stage.get("resumed")],
     }
     return accounting.account(rows, results or results_of(job), **(terms | changes))
 

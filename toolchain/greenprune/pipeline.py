@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import psutil
 
 from greenprune import processes, schema, storage
 from greenprune._version import __version__
 from greenprune.errors import MeasurementError, RunError
 from greenprune.harness.environment import versions
-from greenprune.meters import Window, label, open_meter
+from greenprune.meters import Meter, Window, label, open_meter
 from greenprune.nncec import ledger
 from greenprune.progress import say
 from greenprune.recipe import Recipe
@@ -34,6 +36,9 @@ STAGE_FILE = "stage.json"
 STAGE_KEYS = {"stage", "inputs_sha256", "needs", "started", "seconds", "energy", "results"}
 RUN_FILE = "run.json"
 LEDGER_FILE = "ledger.jsonl"
+BEGUN_BEFORE = "a lower bound: a process that was stopped began it, and its part may be in no row"
+    "a lower bound: begun before by a process that was stopped, whose part may be in no row"
+)
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,6 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str, *, ki
         "seed": job.recipe.seed,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         "versions": versions(),
-        # what a killed process spent is nowhere: the joules are a lower bound
         "resumed": killed or any(checkpoint.parent.glob(f"{checkpoint.stem}*.safetensors")),
     }
     with storage.atomic_folder(job.place(stage.name)) as folder:
@@ -273,17 +277,19 @@ def _measured(job: Job, content: dict[str, Any], function: Callable[[], dict[str
     """
     clock = time.monotonic()
     window = Window()
-    name = job.recipe.bench.meter
+    name, launcher = job.recipe.bench.meter, _launcher()
     if not job.alone and name != "none":
         # of this process' own CPU time; nothing tells whose a GPU's joules are
         name = "none" if processes.uses_gpu() else "estimate"
         if name == "none":
             content["energy_gap"] = "other runs shared this machine and its GPU"
     try:
-        with open_meter(name) as meter, meter.measure() as window:
-            if meter.provenance is None and meter.note:
-                content["energy_gap"] = meter.note
-            content["results"] = function()
+        with open_meter(name, tdp_watts=job.recipe.bench.tdp_watts, launcher=launcher) as meter:
+            gap = _gap(meter, launcher)
+            if gap:
+                content["energy_gap"] = gap
+            with meter.measure() as window:
+                content["results"] = function()
     except MeasurementError as error:
         if "results" not in content:
             raise
@@ -291,6 +297,30 @@ def _measured(job: Job, content: dict[str, Any], function: Callable[[], dict[str
     finally:
         content["seconds"] = time.monotonic() - clock
         content["energy"] = schema.encode(window.energy)
+
+
+def _launcher() -> int | None:
+    """torchrun's process, where it started this one and others on this machine: the nearest
+    ancestor without the variable that torchrun sets for what it starts."""
+    mark = "TORCHELASTIC_RUN_ID"
+    if processes.count_here() == 1 or mark not in os.environ:
+        return None
+    try:
+        above = psutil.Process().parents()
+        return next((process.pid for process in above if mark not in process.environ()), None)
+    except (psutil.Error, OSError):
+        return None
+
+
+def _gap(meter: Meter, launcher: int | None) -> str:
+    """What a meter's joules lack, and why; empty where they lack nothing."""
+    if meter.provenance is None:
+        return meter.note
+    if processes.count_here() < processes.count():
+        return "a lower bound: the processes on other machines are not in it"
+    if processes.count() > 1 and launcher is None and "estimate" in meter.name:
+        return "a lower bound: the other processes on this machine are not in it"
+    return ""
 
 
 def _joules(energy: dict[str, Any] | None) -> str:
@@ -317,6 +347,9 @@ def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:
     identity = ledger_identity(content, stage)
     if any(row.identity == identity for row in ledger.read(path)):
         return
+    lacks = [content["energy_gap"]] if "energy_gap" in content else []
+    if content.get("resumed"):
+        lacks.append(BEGUN_BEFORE)
     ledger.append(
         path,
         ledger.stage_row(
@@ -326,6 +359,6 @@ def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:
             energy=content["energy"],
             intensity_g_per_kwh=job.recipe.account.intensity_g_per_kwh,
             pue=job.recipe.account.pue,
-            note=content.get("energy_gap", ""),
+            note="; ".join(lacks),
         ),
     )

@@ -31,6 +31,7 @@ Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
 Probability = Annotated[float, Meta(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
+Watts = Annotated[float, Meta(gt=0.0, le=10_000.0)]
 Count = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
 
@@ -235,6 +236,8 @@ class BenchSettings:
 
     preset: Literal["quick", "standard", "report", "mlperf-tiny"] = "quick"
     meter: str = "auto"
+    tdp_watts: Watts | None = None
+    """Thermal design power of this machine's processors, for the estimate, of the stages too."""
     replay_images: AtLeastOne = 500
 
 

@@ -4,8 +4,8 @@ With a known TDP the power of a loaded processor follows Boavizta's four points,
 102 % of TDP at 0, 10, 50 and 100 % load; its interval goes from CodeCarbon's cubic curve,
 TDP x (0.1 + 0.9 load^3), to the whole TDP. For an unknown processor a busy core takes between 4 W
 (CodeCarbon) and 12 W (Green Algorithms); the value is their middle, and an idle core takes nothing.
-The load is this process's and its children's share of the processor: other programs are not
-counted.
+The load is this process's and its children's share of the processor, or that of all descendants of
+a process that is named: other programs are not counted.
 """
 
 from __future__ import annotations
@@ -74,22 +74,32 @@ def is_virtual(root: Path) -> bool | None:
 
 
 class EstimateDevice(Device):  # type: ignore[misc]
-    """pyJoules device whose domains are ``low``, ``value`` and ``high``, in microjoules."""
+    """pyJoules device whose domains are ``low``, ``value`` and ``high``, in microjoules.
+
+    Args:
+        tdp_watts: as in :func:`power`.
+        launcher: the process whose descendants are counted, this one among them; None: this one
+            and its own.
+
+    Raises:
+        MeasurementError: their CPU time cannot be read.
+    """
 
     may_be_zero = True
     """Of an unknown processor an idle core takes nothing."""
 
-    def __init__(self, tdp_watts: float | None) -> None:
+    def __init__(self, tdp_watts: float | None, launcher: int | None = None) -> None:
         super().__init__()
         self.configure()
         self._tdp_watts = tdp_watts
         self._cores = os.cpu_count() or 1
         try:
-            self._process = psutil.Process()
+            self._process = psutil.Process(launcher)
         except psutil.Error as error:
             raise MeasurementError(
                 f"the CPU time of this process cannot be read ({error}); mount /proc"
             ) from error
+        self._launched = launcher is not None
         self._lock = threading.Lock()
         self._joules = [0.0, 0.0, 0.0]
         self._children_seconds = 0.0
@@ -113,6 +123,9 @@ class EstimateDevice(Device):  # type: ignore[misc]
                 self._cpu_seconds, self._clock = cpu_seconds, clock
             return [joules * 1e6 for joules in self._joules]
 
+    def prove(self, patience_seconds: float) -> None:
+        """A model was read when it was opened, and may be zero."""
+
     def mark(self) -> None:
         """Windows need no memory: the model's interval is all its doubt."""
 
@@ -124,7 +137,7 @@ class EstimateDevice(Device):  # type: ignore[misc]
         """Nothing is held open."""
 
     def _read_cpu_seconds(self) -> float:
-        """CPU seconds of this process and of its children, those alive and those that ended."""
+        """CPU seconds of this process and of children, those alive and those that ended."""
         ended = self._process.cpu_times()
         children = ended.children_user + ended.children_system
         for child in self._process.children(recursive=True):
@@ -134,4 +147,6 @@ class EstimateDevice(Device):  # type: ignore[misc]
                 continue  # it ended between the two calls; its parent's sums have it next time
         # A child on its way from one sum to the other must not make the total go back.
         self._children_seconds = max(self._children_seconds, children)
-        return time.process_time() + self._children_seconds
+        # a launcher's own are none: it waits, and this process is among its children
+        own = 0.0 if self._launched else time.process_time()
+        return own + self._children_seconds

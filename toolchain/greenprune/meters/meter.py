@@ -17,7 +17,7 @@ WIDE = 0.005
 
 
 @contextmanager
-def _failing(name: str) -> Iterator[None]:
+def failing(name: str) -> Iterator[None]:
     """Whatever a device raises, a user's too, makes the window invalid and not the work."""
     try:
         yield
@@ -69,7 +69,7 @@ class Meter:
         Raises:
             MeasurementError: a counter stands still or cannot be read.
         """
-        with _failing(self.name):
+        with failing(self.name):
             periods = [source.reader.period_seconds for source in self._sources]
         return max((period for period in periods if period is not None), default=None)
 
@@ -88,7 +88,7 @@ class Meter:
         window = Window()
         with ExitStack() as polling:
             try:
-                with _failing(self.name):
+                with failing(self.name):
                     begun = self._begin(polling)
             except MeasurementError:
                 polling.close()
@@ -125,7 +125,7 @@ class Meter:
         last what was read whole when the work ended."""
         fastest_first = begun[::-1]
         pairs = sorted(fastest_first, key=lambda pair: not pair[0].reader.ticks)
-        with _failing(self.name):
+        with failing(self.name):
             for source, started in pairs:
                 source.reader.stop(started)
             return self._energy([source.reader.finish(started) for source, started in pairs])
@@ -133,9 +133,7 @@ class Meter:
     def close(self) -> None:
         """Stop the reading in the background."""
         for source in self._sources:
-            close = getattr(source.device, "close", None)  # a user's device may have none
-            if close is not None:
-                close()
+            source.device.close()
 
     def __enter__(self) -> Meter:
         return self

@@ -5,23 +5,31 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from greenprune.errors import MeasurementError
 from greenprune.meters.clock import Clock
+from greenprune.meters.external import ExternalDevice
 from greenprune.meters.files import access_command
 from greenprune.meters.meter import Meter, Source
 from greenprune.meters.readers import CounterReader, IntervalReader
 
 NAMES = ("auto", "ina", "rapl", "nvml", "estimate", "none")
 PROOF_SECONDS = 1.5
-"""A counter that does not move for so long does not work; the slowest known moves each second."""
+"""A counter or a sensor that does not move for so long does not work; the slowest known moves each
+second."""
 _HERE = Path("/")
 
 
-def open_meter(name: str = "auto", root: Path = _HERE, tdp_watts: float | None = None) -> Meter:
+def open_meter(
+    name: str = "auto",
+    root: Path = _HERE,
+    tdp_watts: float | None = None,
+    launcher: int | None = None,
+) -> Meter:
     """Open a meter.
 
     ``auto`` takes the best that a real read proves: on a board with power sensors ``ina``, which
@@ -37,28 +45,37 @@ def open_meter(name: str = "auto", root: Path = _HERE, tdp_watts: float | None =
             leaves it out under another root.
         tdp_watts: thermal design power of the processors that this machine sees, for the estimate;
             on a virtual machine the host's x the vCPUs / the host's threads.
+        launcher: process whose descendants the estimate counts, this one among them; None: this
+            one and its children.
 
     Raises:
         MeasurementError: an unknown name, a TDP that cannot be, or the meter asked for cannot be
             read.
     """
-    return open_with(Clock(), name, root, tdp_watts)
+    return open_with(Clock(), name, root, tdp_watts, launcher)
 
 
-def open_with(clock: Clock, name: str, root: Path = _HERE, tdp_watts: float | None = None) -> Meter:
+def open_with(
+    clock: Clock,
+    name: str,
+    root: Path = _HERE,
+    tdp_watts: float | None = None,
+    launcher: int | None = None,
+) -> Meter:
     """:func:`open_meter` by another clock, for simulations."""
     if tdp_watts is not None and not 0 < tdp_watts < math.inf:
         raise MeasurementError(
             f"tdp_watts = {tdp_watts}: expected a finite number of watts above zero"
         )
+    estimate = partial(_estimate, clock, root, tdp_watts, launcher)
     if name == "none":
         return Meter("none")
     if name == "auto":
-        return _auto(clock, root, tdp_watts)
+        return _auto(clock, root, estimate)
     sources: list[Source] = []
     try:
         for part in _parts(name):
-            sources.append(_open_source(part, clock, root, tdp_watts))
+            sources.append(_open_source(part, clock, root, estimate))
     except BaseException:
         Meter(name, sources).close()
         raise
@@ -79,12 +96,12 @@ def _parts(name: str) -> list[str]:
     return parts
 
 
-def _open_source(name: str, clock: Clock, root: Path, tdp_watts: float | None) -> Source:
+def _open_source(name: str, clock: Clock, root: Path, estimate: Callable[[], Source]) -> Source:
     openers: dict[str, Callable[[], Source]] = {
         "ina": lambda: _ina(clock, root),
         "rapl": lambda: _rapl(clock, root),
         "nvml": lambda: _nvml(clock),
-        "estimate": lambda: _estimate(clock, root, tdp_watts),
+        "estimate": estimate,
     }
     if name in openers:
         return openers[name]()
@@ -96,13 +113,13 @@ def _open_source(name: str, clock: Clock, root: Path, tdp_watts: float | None) -
     )
 
 
-def _auto(clock: Clock, root: Path, tdp_watts: float | None) -> Meter:
+def _auto(clock: Clock, root: Path, estimate: Callable[[], Source]) -> Meter:
     from greenprune.meters.ina import find_rails
 
     why: list[str] = []
     if find_rails(root):
         try:
-            return Meter("ina", [_ina(clock, root)])
+            return Meter("ina", [_proved(_ina(clock, root))])
         except MeasurementError as problem:
             why.append(f"no power rails: {problem}")
     names, sources = ["rapl"], []
@@ -112,7 +129,7 @@ def _auto(clock: Clock, root: Path, tdp_watts: float | None) -> Meter:
         names = ["estimate"]
         why.append(f"no counter: {problem}")
         try:
-            sources.append(_estimate(clock, root, tdp_watts))
+            sources.append(estimate())
         except MeasurementError as reason:
             names = []
             why.append(f"no estimate: {reason}")
@@ -134,13 +151,13 @@ def _auto(clock: Clock, root: Path, tdp_watts: float | None) -> Meter:
 
 
 def _proved(source: Source) -> Source:
-    """The same, if its counters move; others are closed. Raises MeasurementError: they do not."""
-    if isinstance(source.reader, CounterReader):
-        try:
-            source.reader.await_ticks(PROOF_SECONDS)
-        except MeasurementError:
-            source.device.close()
-            raise
+    """The same, if its counters or sensors move; others are closed. Raises MeasurementError: they
+    do not."""
+    try:
+        source.reader.prove(PROOF_SECONDS)
+    except MeasurementError:
+        source.device.close()
+        raise
     return source
 
 
@@ -190,23 +207,26 @@ def _ina(clock: Clock, root: Path) -> Source:
     )
 
 
-def _estimate(clock: Clock, root: Path, tdp_watts: float | None) -> Source:
+def _estimate(
+    clock: Clock, root: Path, tdp_watts: float | None, launcher: int | None = None
+) -> Source:
     from greenprune.meters.estimate import EstimateDevice, is_virtual
 
     model = "unknown CPU, 4 to 12 W a busy core"
+    who = "this process's and its children's" if launcher is None else "torchrun's processes'"
     if tdp_watts is not None:
-        model = f"TDP {tdp_watts:g} W x load of this process"
+        model = f"TDP {tdp_watts:g} W x {who} load"
         if is_virtual(root):
             model += (
                 f"; this is a virtual machine, so {tdp_watts:g} W must be the share of the host's "
                 f"TDP that falls to its {os.cpu_count()} processors"
             )
-    device = EstimateDevice(tdp_watts)
+    device = EstimateDevice(tdp_watts, launcher)
     return Source(
         reader=IntervalReader(device, clock),
         device=device,
         provenance="estimated_model",
-        scope="this process's and its children's share of the CPU",
+        scope=f"{who} share of the CPU",
         note=f"ESTIMATE, {model}",
     )
 
@@ -215,8 +235,8 @@ def _external(place: str, clock: Clock) -> Source:
     """A user's own device; ``scope`` and ``close`` are optional in it."""
     module, _, function = place.partition(":")
     try:
-        device = getattr(import_module(module), function)()
-        names = [str(domain) for domain in device.get_configured_domains()]
+        own = getattr(import_module(module), function)()
+        names = [str(domain) for domain in own.get_configured_domains()]
     except MeasurementError:
         raise
     except Exception as error:
@@ -229,21 +249,24 @@ def _external(place: str, clock: Clock) -> Source:
             f"meter '{place}': expected domains with names of their own (__repr__), found "
             f"{', '.join(names)}; name each apart"
         )
+    device = ExternalDevice(place, own, clock)
     return Source(
         reader=CounterReader(device, clock),
         device=device,
         provenance="measured_counter",
-        scope=getattr(device, "scope", ", ".join(names)),
+        scope=getattr(own, "scope", ", ".join(names)),
     )
 
 
 def diagnose_meters(root: Path = _HERE) -> dict[str, dict[str, Any]]:
     """Each meter: whether a real read works, why not, and the command that grants access."""
+    clock = Clock()
+    estimate = partial(_estimate, clock, root, None)
     answer: dict[str, dict[str, Any]] = {}
     for name in ("rapl", "nvml", "ina", "estimate"):
         entry: dict[str, Any] = {"works": True, "reason": "", "command": None}
         try:
-            _proved(_open_source(name, Clock(), root, None)).device.close()
+            _proved(_open_source(name, clock, root, estimate)).device.close()
         except MeasurementError as problem:
             entry.update(works=False, reason=str(problem))
             if isinstance(problem.__cause__, PermissionError):

@@ -9,9 +9,7 @@ interval, which says so; a window without a tick is an error.
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,6 +60,10 @@ class Reader(Protocol):
         """Between two updates; None of a model."""
         ...
 
+    def prove(self, patience_seconds: float) -> None:
+        """A real read. Raises MeasurementError: nothing moves for so long, or cannot be read."""
+        ...
+
     def begin(self) -> Begun:
         """Start a window."""
         ...
@@ -84,7 +86,7 @@ def _energy_meter(device: Any) -> Any:
 
 
 def polled(device: Any) -> AbstractContextManager[None]:
-    """Reading in the background while it is needed; a user's device or a model has none."""
+    """Reading in the background while it is needed; a model has none."""
     polling: AbstractContextManager[None] = getattr(device, "polled", nullcontext)()
     return polling
 
@@ -92,15 +94,6 @@ def polled(device: Any) -> AbstractContextManager[None]:
 def _check_breaks(device: Any, begun: Begun) -> None:
     if getattr(device, "breaks", 0) != begun.breaks:
         raise device.problem
-
-
-def _check_finite(energies_uj: Iterable[tuple[Any, float]]) -> None:
-    for domain, energy_uj in energies_uj:
-        if not math.isfinite(energy_uj):
-            raise MeasurementError(
-                f"{domain}: {energy_uj} uJ; expected a finite number of microjoules; the window is "
-                "invalid: measure again, or mend the device"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +128,9 @@ class CounterReader:
             self._period_seconds = statistics.median(periods)
         return self._period_seconds
 
+    def prove(self, patience_seconds: float) -> None:
+        self.await_ticks(patience_seconds)
+
     def begin(self) -> Begun:
         """Wait for a tick of every counter, then read."""
         breaks = getattr(self.device, "breaks", 0)
@@ -146,7 +142,7 @@ class CounterReader:
     def stop(self, begun: Begun) -> None:
         begun.end = self._clock.now()
         begun.meter.record()
-        begun.marks += (self._read(),)
+        begun.marks += (self.device.get_energy(),)
 
     def finish(self, begun: Begun) -> Reading:
         """Wait for the next tick of every counter; the truth lies before it."""
@@ -157,7 +153,6 @@ class CounterReader:
         _check_breaks(self.device, begun)
         seconds = begun.end - begun.start
         within, after = (sample.energy for sample in begun.meter.get_trace())
-        _check_finite((*within.items(), *after.items()))
         still = [str(domain) for domain in self._required() if within[str(domain)] <= 0]
         if still:
             raise MeasurementError(
@@ -198,7 +193,7 @@ class CounterReader:
         domains = self.device.get_configured_domains()
         missing = {domains.index(domain) for domain in self._required()}
         ticks: dict[int, Tick] = {}
-        last, read_at = since_uj or self._read(), self._clock.now()
+        last, read_at = since_uj or self.device.get_energy(), self._clock.now()
         start, deadline = read_at, read_at + patience_seconds
         while missing - ticks.keys():
             if read_at > deadline:
@@ -209,7 +204,7 @@ class CounterReader:
                 )
             pause = (self._period_seconds or read_at - start) / _POLLS
             self._clock.sleep(min(max(pause, _FASTEST_POLL_SECONDS), _SLOWEST_POLL_SECONDS))
-            now_uj, now = self._read(), self._clock.now()
+            now_uj, now = self.device.get_energy(), self._clock.now()
             for index, step_uj in enumerate(b - a for a, b in zip(last, now_uj, strict=True)):
                 if step_uj < 0:
                     raise MeasurementError(
@@ -220,11 +215,6 @@ class CounterReader:
                     ticks[index] = Tick(step_uj=step_uj, after=read_at)
             last, read_at = now_uj, now
         return list(ticks.values())
-
-    def _read(self) -> list[float]:
-        energies_uj: list[float] = self.device.get_energy()
-        _check_finite(zip(self.device.get_configured_domains(), energies_uj, strict=True))
-        return energies_uj
 
     def _required(self) -> list[Any]:
         """The domains that must move; of a device that does not tell, all."""
@@ -241,6 +231,9 @@ class IntervalReader:
         self.device = device
         self.period_seconds: float | None = getattr(device, "period_seconds", None)
         self._clock = clock
+
+    def prove(self, patience_seconds: float) -> None:
+        self.device.prove(patience_seconds)
 
     def begin(self) -> Begun:
         breaks, meter = getattr(self.device, "breaks", 0), _energy_meter(self.device)

@@ -102,6 +102,20 @@ class PowerDevice(MeterDevice):
     def forget(self) -> None:
         self._last = None
 
+    def prove(self, patience_seconds: float) -> None:
+        """Read until the power changes, above zero. Raises MeasurementError: it does not."""
+        first = watts = self._read_watts()
+        deadline = self.clock.now() + patience_seconds
+        while watts == first or watts[1] <= 0:
+            if self.clock.now() > deadline:
+                raise MeasurementError(
+                    f"{self.name}: {watts[1]:g} W for {patience_seconds:g} s; expected a power "
+                    "above 0 W that flickers, as of real sensors; use --meter estimate where this "
+                    "one does not work"
+                )
+            self.clock.sleep(self._sample_seconds)
+            watts = self._read_watts()
+
     def _add(self, last: Watts, watts: Watts, now: float) -> None:
         gap = now - self._read_at
         if gap > LONGEST_GAP_SECONDS:

@@ -103,7 +103,7 @@ class Account:
     stages: tuple[StageTotal, ...]
     unmeasured_stages: tuple[str, ...]
     incomplete_stages: tuple[str, ...]
-    """Measured in part: killed and resumed, so that their joules are lower bounds."""
+    """Measured in part, as a row's note says: their joules are lower bounds."""
     training_joules: Quantity | None
     pruning_joules: Quantity | None
     observing_joules: Quantity | None
@@ -144,7 +144,6 @@ def account(
     runtime: str | None = None,
     unreadable: Sequence[str] = (),
     absent: Sequence[str] = (),
-    incomplete: Sequence[str] = (),
 ) -> Account:
     """Make the account.
 
@@ -162,7 +161,6 @@ def account(
         runtime: whose inferences are counted; None means the first one measured.
         unreadable: the ledger's damaged lines, from :func:`greenprune.nncec.ledger.scan`.
         absent: stages that are finished and have no row in the ledger.
-        incomplete: stages that were killed and resumed: a part of their joules is in no row.
 
     Raises:
         MeasurementError: a PUE or an intensity that no place has, a number of inferences that no
@@ -197,6 +195,7 @@ def account(
     joules = _sum((training, pruning, observing))
     kwh = None if joules is None else joules.scaled(1 / JOULES_PER_KWH)
     unmeasured = _unmeasured(rows, absent, unreadable)
+    in_part = [row.stage for row in rows if row.joules is not None and row.note]
     dense = chosen["dense"].energy_mj if "dense" in chosen else None
     labels = [row.provenance for row in rows] + [
         candidate.energy_mj.provenance for candidate in chosen.values() if candidate.energy_mj
@@ -204,7 +203,7 @@ def account(
     return Account(
         stages=_stages(rows, life),
         unmeasured_stages=unmeasured,
-        incomplete_stages=tuple(dict.fromkeys(incomplete)),
+        incomplete_stages=tuple(dict.fromkeys(in_part)),
         training_joules=training,
         pruning_joules=pruning,
         observing_joules=observing,

@@ -73,7 +73,7 @@ class Row:
     source: str
     """Of the intensity."""
     note: str = ""
-    """Why nothing was measured, where that is known."""
+    """Why joules are None, where that is known, or what they lack: then they are a lower bound."""
 
 
 def stage_row(

@@ -254,8 +254,8 @@ def footnotes(account: Account) -> list[str]:
         found.append(f"totals are lower bounds without: {', '.join(account.unmeasured_stages)}")
     if account.incomplete_stages:
         found.append(
-            f"killed and resumed: {', '.join(account.incomplete_stages)}; what these spent before "
-            "may not be counted, so that their joules are lower bounds"
+            f"measured in part: {', '.join(account.incomplete_stages)}; their joules are lower "
+            "bounds, for the reason beside them"
         )
     return found
 
