@@ -37,8 +37,6 @@ STAGE_KEYS = {"stage", "inputs_sha256", "needs", "started", "seconds", "energy",
 RUN_FILE = "run.json"
 LEDGER_FILE = "ledger.jsonl"
 BEGUN_BEFORE = "a lower bound: a process that was stopped began it, and its part may be in no row"
-    "a lower bound: begun before by a process that was stopped, whose part may be in no row"
-)
 
 
 @dataclass(frozen=True)
