@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
-from greenprune.errors import MeasurementError
-from greenprune.registry import Capabilities
+from greenprune.errors import MeasurementError, TargetError
+from greenprune.registry import Capabilities, Runner
 from greenprune_targets.board import describe
 from greenprune_targets.tensorrt_target import TensorRtTarget
 
@@ -25,6 +26,22 @@ class Cuda(TensorRtTarget):
         built_on_device=True,
         status="ready, but never yet run on NVIDIA hardware; width_multiple is not measured",
     )
+
+    def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
+        """As every TensorRT target's.
+
+        Raises:
+            TargetError: this is a Jetson, which shares its memory with the GPU and has targets of
+                its own.
+        """
+        board = describe()
+        if board.is_jetson:
+            name = f"jetson-{board.name}" if board.name else "jetson"
+            raise TargetError(
+                f"expected a PC or a server with a GPU of its own, found {board.model}; "
+                f"export the bundle again with --target {name}"
+            )
+        return super().open(artifact, runtime, threads)
 
     def is_here(self) -> bool:
         """Whether such a GPU and TensorRT are here; a Jetson has targets of its own."""

@@ -34,11 +34,12 @@ class TensorRtTarget(BaseTarget):
                 half.tensorrt_fp16(graph, path)
             else:
                 shutil.copyfile(graph, path)
-            qdq_rules.check_tensorrt(path)
+            types = qdq_rules.check_tensorrt(path)
         except ValueError as error:
             raise TargetError(str(error)) from error
         if find_spec("tensorrt_rtx"):
-            tensorrt_check.parse(path, build.precision)
+            floats = build.precision == "int8" and "int8" not in types.values()
+            tensorrt_check.parse(path, "fp16" if floats else build.precision)
         return path
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:

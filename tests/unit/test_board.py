@@ -136,6 +136,8 @@ def test_only_its_own_target_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert here == ["jetson-orin-nx"]
     with pytest.raises(TargetError, match="a bundle for agx-orin was given, and this is orin-nx"):
         load_target("jetson-agx-orin").open(tmp_path / "dense.onnx", "tensorrt", 0)
+    with pytest.raises(TargetError, match=r"found .*Orin NX.* --target jetson-orin-nx"):
+        load_target("cuda").open(tmp_path / "dense.onnx", "tensorrt", 0)
 
 
 def test_cuda_is_here_with_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
