@@ -32,6 +32,12 @@ PathFinder.find_spec = classmethod(find_spec)
 """
 """Makes Python find these packages nowhere, as in the base install."""
 
+BUDGETS = {
+    # the MACs bind: a timing is never what a test rests on
+    "mild": ["latency_ms <= 1000", "macs x0.6"],
+    "aggressive": ["latency_ms <= 1000", "macs x0.3"],
+}
+
 
 @pytest.fixture
 def base_install(tmp_path: Path) -> dict[str, str]:
@@ -119,3 +125,44 @@ def test_host_command_names_what_to_install(
     if arguments != ["export"]:  # that one finds no run first
         assert "pip install 'greenprune[host]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def asked(schedule: Any, table: str = "table.json", **more: str) -> list[str]:
+    budgets = {f"prune__{name}__budget": json.dumps(given) for name, given in BUDGETS.items()}
+    return schedule(prune__cost_table=table, **budgets, **more)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def carried(command: Any, base_install: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """``table.json`` in the test's folder, by the base install alone from the host's graphs."""
+    written = command("greenprune", "cost-table", "-o", "probe")
+    assert written.returncode == 0, written.stderr
+    assert "greenprune-bench --cost-table probe" in written.stdout
+    options = ("--cost-table", "probe", "-o", "table.json", "--threads", "1", "--meter", "none")
+    done = command("greenprune-bench", *options, **base_install)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    table: dict[str, Any] = json.loads((tmp_path / "table.json").read_text())
+    return table
+
+
+def test_a_carried_table_prices_the_budgets_of_a_run(
+    carried: dict[str, Any], command: Any, schedule: Any, tmp_path: Path
+) -> None:
+    done = command("greenprune", "prune", "--name", "priced", *asked(schedule))
+
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "priced"
+    kept = json.loads((folder / "price" / "cost-table.json").read_text())
+    assert kept["costs"] == carried["costs"]
+    pruned = json.loads((folder / "prune" / "stage.json").read_text())["results"]
+    for name, share in (("mild", 0.6), ("aggressive", 0.3)):
+        quantities = pruned["variants"][name]["budget"]["quantities"]
+        macs, latency = quantities["macs"], quantities["latency_ms"]
+        assert macs["predicted"] <= share * macs["dense"]
+        assert 0 < latency["predicted"] < latency["dense"] <= latency["goal"]
+
+    other = command("greenprune", "prune", "--name", "other", *asked(schedule, threads="2"))
+    assert other.returncode == 2, other.stderr
+    assert "table.json" in other.stderr
+    assert "threads" in other.stderr

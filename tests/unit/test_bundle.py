@@ -199,6 +199,22 @@ def test_a_missing_artifact_names_those_there(tiny_bundle: Path) -> None:
         bundle.open_bundle(tiny_bundle).artifact("mild", "tensorrt")
 
 
+def test_the_networks_have_one_hash_whatever_else_changes(tiny_bundle: Path) -> None:
+    before = bundle.open_bundle(tiny_bundle).networks_sha256
+    bundle.update_manifest(tiny_bundle, {"energy_mj": {}, "created": "2026-01-02"})
+    assert bundle.open_bundle(tiny_bundle).networks_sha256 == before
+    found: set[str] = set()
+    for name in ("samples/", "graphs/", "artifacts/"):
+        files = dict(bundle.open_bundle(tiny_bundle).manifest.files)
+        changed = next(file for file in files if file.startswith(name))
+        files[changed] = dataclasses.replace(files[changed], sha256="0" * 64)
+        opened = bundle.open_bundle(tiny_bundle)
+        manifest = dataclasses.replace(opened.manifest, files=files)
+        found.add(dataclasses.replace(opened, manifest=manifest).networks_sha256)
+    assert len(found) == 3
+    assert before in found, "samples are no networks"
+
+
 def test_update_changes_the_manifest_alone_and_whole(tiny_bundle: Path) -> None:
     before = bundle.open_bundle(tiny_bundle).manifest
     selector = dataclasses.replace(before.selector, threshold=None)

@@ -82,7 +82,7 @@ def test_results_survive_the_disk_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(schema=2), "schema 2, this version of greenprune reads 3"),
+        (lambda content: content.update(schema=2), "schema 2, this version of greenprune reads 4"),
         (lambda content: content.pop("schema"), "without a 'schema'"),
         (lambda content: content.update(pairs=[]), "a race of two bundles"),
         (lambda content: content.update(threads="2"), "'threads': expected 'int', got 'str'"),

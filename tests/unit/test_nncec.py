@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from greenprune import deployment, schema
+from greenprune.bundle import open_bundle
 from greenprune.errors import GreenpruneError, MeasurementError, RunError
 from greenprune.harness.results import InferenceEnergy
 from greenprune.harness.statistics import Interval
@@ -594,7 +596,9 @@ def test_manifest_marks_joules_of_an_invalid_measurement(job: Job) -> None:
         assert {found["valid"] for found in told.values()} == {verdict.valid}
 
 
-def test_joules_of_a_device_elsewhere_take_the_place_of_the_runs_own(job: Job) -> None:
+def test_joules_of_a_device_elsewhere_take_the_place_of_the_runs_own(
+    job: Job, tiny_bundle: Path
+) -> None:
     from greenprune.harness import write_results
 
     path, name = job.folder / "carried-back.json", job.recipe.name
@@ -607,7 +611,13 @@ def test_joules_of_a_device_elsewhere_take_the_place_of_the_runs_own(job: Job) -
     content = json.loads((job.folder / "prune" / STAGE_FILE).read_text())
     content |= {"stage": "bundle-jetson", "started": "2026-01-09"}
     (job.folder / "bundle-jetson" / STAGE_FILE).write_text(json.dumps(content))
+    shutil.copytree(tiny_bundle, job.folder / "bundle-jetson" / "bundle")
     written = dataclasses.replace(ours, bundle=name, target="jetson")
+    write_results(path, written)
+    with pytest.raises(RunError, match="of other networks than those in"):
+        deployment.measured_elsewhere(job, path)
+    networks = open_bundle(tiny_bundle).networks_sha256
+    written = dataclasses.replace(written, networks_sha256=networks)
     write_results(path, written)
     there, results = deployment.measured_elsewhere(job, path)
     assert results == written

@@ -195,6 +195,7 @@ def setting(target: str, runtime: str) -> str:
 
 
 VARIANTS = ("dense", "mild", "aggressive")
+NETWORKS = ("graphs/", "artifacts/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +205,15 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    @property
+    def networks_sha256(self) -> str:
+        """Of the graphs and of all that is compiled from them: it stays when a bundle is measured
+        or certified."""
+        files = self.manifest.files
+        return storage.sha256_of(
+            {name: files[name].sha256 for name in files if name.startswith(NETWORKS)}
+        )
 
     def file(self, name: str) -> Path:
         """Path of the checked file ``name`` and of all that a runtime opens with it.

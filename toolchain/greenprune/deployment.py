@@ -397,7 +397,7 @@ def measured_elsewhere(job: Job, path: Path) -> tuple[Job, Results]:
 
     Raises:
         MeasurementError: the file is no results.
-        RunError: they are of another bundle.
+        RunError: they are of another bundle, or of one of the same name with other networks.
     """
     results = read_results(path)
     settings = replace(job.recipe.compile, target=results.target)
@@ -407,6 +407,12 @@ def measured_elsewhere(job: Job, path: Path) -> tuple[Job, Results]:
             f"{path}: results of the bundle '{results.bundle}' for '{results.target}'; expected "
             f"those of one of '{job.recipe.name}', made by this run: measure the bundle that "
             f"greenprune-export makes of {job.folder}, or name the run that it was made of"
+        )
+    if results.networks_sha256 != bundle.open_bundle(found.bundle).networks_sha256:
+        raise RunError(
+            f"{path}: results of '{results.bundle}' for '{results.target}', of {results.created}, "
+            f"but of other networks than those in {found.bundle}: an earlier or another run made "
+            "them; measure this bundle"
         )
     return found, results
 

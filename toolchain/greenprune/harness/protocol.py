@@ -189,6 +189,7 @@ def make_results(
     return Results(
         schema=SCHEMA_VERSION,
         bundle=opened.manifest.name,
+        networks_sha256=opened.networks_sha256,
         target=opened.manifest.target,
         created=measured.created,
         preset=preset,

@@ -17,7 +17,7 @@ from greenprune.meters.energy import Energy
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 AT_LEAST_ONE = msgspec.Meta(min_length=1)
 
 
@@ -124,6 +124,9 @@ class Results:
 
     schema: int
     bundle: str
+    networks_sha256: str
+    """Of the bundle's graphs and artifacts; see
+    :attr:`greenprune.bundle.Bundle.networks_sha256`."""
     target: str
     created: str
     """ISO 8601, UTC."""
