@@ -9,7 +9,7 @@ from typing import Any
 
 from greenprune.errors import TargetError
 from greenprune.registry import Build, Runner
-from greenprune_calibration import half, qdq_rules, quantise
+from greenprune_calibration import graphs, half, qdq_rules, quantise
 from greenprune_targets import onnxruntime_cpu, tensorrt_check, tensorrt_runner
 from greenprune_targets.base import BaseTarget, version
 
@@ -34,12 +34,11 @@ class TensorRtTarget(BaseTarget):
                 half.tensorrt_fp16(graph, path)
             else:
                 shutil.copyfile(graph, path)
-            types = qdq_rules.check_tensorrt(path)
+            qdq_rules.check_tensorrt(path)
         except ValueError as error:
             raise TargetError(str(error)) from error
         if find_spec("tensorrt_rtx"):
-            floats = build.precision == "int8" and "int8" not in types.values()
-            tensorrt_check.parse(path, "fp16" if floats else build.precision)
+            tensorrt_check.parse(path, _written(path, build.precision))
         return path
 
     def open(self, artifact: Path, runtime: str, threads: int) -> Runner:
@@ -77,3 +76,11 @@ class TensorRtTarget(BaseTarget):
         found = version("tensorrt-rtx")
         checked = "rules alone; pip install 'greenprune[check]' adds TensorRT-RTX's parser"
         return super().probe() | {"checked_by": f"TensorRT-RTX {found}" if found else checked}
+
+
+def _written(graph: Path, asked: str) -> str:
+    """The precision to check ``graph`` for: int8 that was kept in float everywhere is fp16."""
+    if asked != "int8":
+        return asked
+    nodes = graphs.load(graph).graph.node
+    return "int8" if any(node.op_type == "QuantizeLinear" for node in nodes) else "fp16"

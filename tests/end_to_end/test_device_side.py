@@ -135,7 +135,8 @@ def asked(schedule: Any, table: str = "table.json", **more: str) -> list[str]:
 @pytest.fixture
 def carried(command: Any, base_install: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """``table.json`` in the test's folder, by the base install alone from the host's graphs."""
-    written = command("greenprune", "cost-table", "-o", "probe")
+    coarse = ("--set", "prune.width_multiple=32")  # a grid of few points
+    written = command("greenprune", "cost-table", *coarse, "-o", "probe")
     assert written.returncode == 0, written.stderr
     assert "greenprune-bench --cost-table probe" in written.stdout
     options = ("--cost-table", "probe", "-o", "table.json", "--threads", "1", "--meter", "none")
@@ -153,11 +154,12 @@ def test_a_carried_table_prices_the_budgets_of_a_run(
 
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "priced"
-    kept = json.loads((folder / "price" / "cost-table.json").read_text())
+    kept = json.loads((folder / "price" / "table.json").read_text())
     assert kept["costs"] == carried["costs"]
-    pruned = json.loads((folder / "prune" / "stage.json").read_text())["results"]
+    variants = json.loads((folder / "prune" / "stage.json").read_text())["results"]
     for name, share in (("mild", 0.6), ("aggressive", 0.3)):
-        quantities = pruned["variants"][name]["budget"]["quantities"]
+        (step,) = variants[name]["budget"]
+        quantities = step["quantities"]
         macs, latency = quantities["macs"], quantities["latency_ms"]
         assert macs["predicted"] <= share * macs["dense"]
         assert 0 < latency["predicted"] < latency["dense"] <= latency["goal"]

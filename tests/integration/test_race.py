@@ -26,8 +26,8 @@ def test_every_runtime_is_measured_and_ranked(tiny_bundle: Path) -> None:
         together = sum(each.value for each in racer.latency_ms.values())
         assert racer.together_ms.value == pytest.approx(together, rel=0.5)
         assert racer.together_ms.low <= racer.together_ms.value <= racer.together_ms.high
-        assert found.ratio(racer.runtime, found.order[0]) >= 1.0
-        assert found.ratio(racer.runtime, racer.runtime) == 1.0
+        assert found.ratio(racer.runtime, found.order[0]) == racer.over_fastest
+        assert found.ratio(racer.runtime, racer.runtime).value == 1.0
 
 
 METER = """

@@ -8,9 +8,10 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import pytest
@@ -67,7 +68,9 @@ def measured() -> Results:
     )
 
 
-def accounted(results: Results, **terms: Any) -> Account:
+def accounted(
+    results: Results, notes: Mapping[str, str] = MappingProxyType({}), **terms: Any
+) -> Account:
     energy = Energy(
         value=100.0,
         low=50.0,
@@ -85,6 +88,7 @@ def accounted(results: Results, **terms: Any) -> Account:
             energy=energy,
             intensity_g_per_kwh=445.0,
             pue=1.0,
+            note=notes.get(stage, ""),
         )
         for stage in ("train", "prune", "finetune-mild", "compile-x86", "bench-x86")
     ]
@@ -268,6 +272,14 @@ def test_page_shows_the_fleet_and_a_damaged_ledger(tmp_path: Path) -> None:
     assert "line 7" in text
     assert "lower bounds" in text
     assert "Making the devices, 4\u00a0t, is the same for all and not drawn" in text
+
+
+def test_stages_measured_in_part_are_named_with_the_reason(tmp_path: Path) -> None:
+    found = accounted(measured(), notes={"prune": "a lower bound: killed once"})
+    write_report(tmp_path / "report.html", SUMMARY, measured(), found)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "their joules are lower bounds: prune;" in text
+    assert "ESTIMATE: a lower bound: killed once" in text
 
 
 def test_headline_claims_only_what_is_shown() -> None:

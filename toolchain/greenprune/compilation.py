@@ -240,9 +240,9 @@ def right(job: Job, logits: NDArray[np.float32], split: Split) -> NDArray[np.flo
 
 
 def choose_runtime(work: Work) -> dict[str, Any]:
-    """Race the artifacts on this machine, each network in a process of its own. What int8 makes no
-    faster, or where no layer is int8, is left out. On a device that is not here, nothing can be
-    raced: the narrowest precision on the target's first runtime is taken."""
+    """Race the artifacts on this machine, each network in a process of its own. What int8 is not
+    shown to make faster, or where no layer is int8, is left out. On a device that is not here,
+    nothing can be raced: the narrowest precision on the target's first runtime is taken."""
     job = work.job
     target = load_target(job.recipe.compile.target)
     compiled = job.results(f"compile-{target.name}")
@@ -265,8 +265,11 @@ def choose_runtime(work: Work) -> dict[str, Any]:
     for name in names:
         runtime, precision = split_runtime(name)
         slower = found.ratio(name, runtime)
-        if precision == "int8" and slower >= 1:
-            left_out[name] = f"int8 takes {slower:.2f} times as long as fp32 on {runtime} here"
+        if precision == "int8" and slower.high >= 1:
+            left_out[name] = (
+                f"int8 is not shown to be faster: it takes {slower.value:.2f} "
+                f"[{slower.low:.2f}, {slower.high:.2f}] times as long as fp32 on {runtime} here"
+            )
     runtime = next(name for name in found.order if name not in left_out)
     return {
         "runtime": runtime,

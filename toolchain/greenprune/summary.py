@@ -185,8 +185,7 @@ def _caveats(job: Job, results: Results) -> list[str]:
     resumed = [stage["stage"] for stage in deployment.finished_stages(job) if stage["resumed"]]
     if resumed:
         found.append(
-            f"Killed and resumed: {', '.join(resumed)}; what these spent before is not counted, "
-            "so that their seconds and joules are lower bounds."
+            f"Killed and resumed: {', '.join(resumed)}; their seconds are those since then."
         )
     return found
 

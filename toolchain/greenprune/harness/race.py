@@ -52,10 +52,13 @@ class Race:
         """Names, fastest first."""
         return tuple(racer.runtime for racer in self.racers)
 
-    def ratio(self, over: str, under: str) -> float:
-        """Latency of one runtime over another's."""
-        found = {racer.runtime: racer.over_fastest.value for racer in self.racers}
-        return found[over] / found[under]
+    def ratio(self, over: str, under: str) -> Interval:
+        """Latency of one runtime over another's, one call of each network, paired by block."""
+        together = {
+            racer.runtime: [sum(block) for block in zip(*racer.blocks_ms.values(), strict=True)]
+            for racer in self.racers
+        }
+        return paired_ratio(together[over], together[under])
 
 
 def race(

@@ -190,6 +190,11 @@ def caveats(
             "Not measured, so that the totals of the account are lower bounds: "
             f"{', '.join(account.unmeasured_stages)}."
         )
+    if account.incomplete_stages:
+        found.append(
+            "Measured in part, so that their joules are lower bounds: "
+            f"{', '.join(account.incomplete_stages)}; the table of the stages says why."
+        )
     if account.variants:
         found.append(
             "Lives, savings and break-even count a pruned network's inference as its energy ratio "
