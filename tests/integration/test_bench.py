@@ -209,13 +209,15 @@ class Lamp(Device):
     broken = False
     def __init__(self):
         super().__init__()
+        self.readings = 0
         self._available_domains = [Bulb()]
         self.configure()
     @staticmethod
     def available_domains():
         return []
     def get_energy(self):
-        if self.broken and "greenprune.harness.worker" in sys.modules:
+        self.readings += 1  # the first proves it
+        if self.broken and self.readings > 1 and "greenprune.harness.worker" in sys.modules:
             raise MeasurementError("the lamp went out")
         return [20e6 * time.monotonic()]
 
