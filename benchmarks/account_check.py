@@ -363,7 +363,8 @@ def main() -> int:
         from common import write_result  # the check is over, and rested on nothing of this
 
         seconds = time.monotonic() - started
-        write_result("account_check", seed=0, seconds=seconds, figures=figures)
+        name = f"account_check/{options.run.resolve().name}"
+        write_result(name, seed=0, seconds=seconds, figures=figures, script="account_check")
     return 0 if not wrong and codecarbon_agrees(codecarbon) else 1
 
 

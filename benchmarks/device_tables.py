@@ -332,6 +332,29 @@ def meter_traces() -> str:
     return "\n".join([table(["", ""], rows), "", "`benchmarks/meter_traces.py`."])
 
 
+def account_check() -> str:
+    """Accounts derived again by other code."""
+    rows = []
+    for path in sorted((RESULTS / "account_check").glob("*.json")):
+        figures = read(f"account_check/{path.stem}")["figures"]
+        rows.append(
+            [
+                path.stem,
+                f"{figures['rows_with_provenance']} of {figures['rows']}",
+                f"{figures['figures_compared']}",
+                f"{len(figures['differences'])}",
+                "agrees" if figures["codecarbon"]["agrees"] else "differs",
+            ]
+        )
+    headings = ["run", "rows with provenance", "figures", "differ", "by CodeCarbon's formula"]
+    note = (
+        "Every total of the account stage from the ledger and the raw windows by code that imports "
+        "nothing of greenprune: the default recipe, and `resnet56-cifar10` with one epoch of "
+        "fine-tuning for each network. `benchmarks/account_check.py`."
+    )
+    return "\n".join([table(headings, rows), "", note])
+
+
 def repeatability() -> str:
     """Five runs of the same bundle."""
     result = read("repeatability")
