@@ -307,7 +307,12 @@ def test_the_recipes_tdp_is_the_bench_stages(job: Job, monkeypatch: pytest.Monke
     [("1", "1", ""), ("2", "4", "on other machines"), ("2", "2", "on this machine")],
 )
 def test_joules_without_those_of_other_processes_are_called_a_lower_bound(
-    job: Job, monkeypatch: pytest.MonkeyPatch, here: str, everywhere: str, told: str
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    here: str,
+    everywhere: str,
+    told: str,
 ) -> None:
     """Nothing tells here what started the others."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -321,6 +326,7 @@ def test_joules_without_those_of_other_processes_are_called_a_lower_bound(
     assert row.joules is not None
     assert told in row.note
     assert ("a lower bound" in row.note) == bool(told)
+    assert ("at least" in capsys.readouterr().err) == bool(told)
 
 
 def test_a_failed_rerun_is_tried_again(job: Job) -> None:

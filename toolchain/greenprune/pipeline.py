@@ -262,7 +262,7 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str, *, ki
     _enter_in_ledger(job, content, counted_as(content))
     told = (
         f"{content['seconds']:.1f} s",
-        _joules(content["energy"]),
+        _joules(content),
         content["results"].get("headline"),
     )
     say(f"{title}: {'; '.join(part for part in told if part)}")
@@ -321,12 +321,23 @@ def _gap(meter: Meter, launcher: int | None) -> str:
     return ""
 
 
-def _joules(energy: dict[str, Any] | None) -> str:
+def _lacks(content: dict[str, Any]) -> str:
+    """What a stage's joules lack, and why."""
+    found = [content["energy_gap"]] if "energy_gap" in content else []
+    if content.get("resumed"):
+        found.append(BEGUN_BEFORE)
+    return "; ".join(found)
+
+
+def _joules(content: dict[str, Any]) -> str:
+    energy = content["energy"]
     if energy is None:
         return "joules not measured"
+    least = "at least " if _lacks(content) else ""
     if energy["low"] == energy["high"]:
-        return f"{energy['value']:.3g} J"
-    return f"{energy['low']:.3g} to {energy['high']:.3g} J ({label(energy['provenance'])})"
+        return f"{least}{energy['value']:.3g} J"
+    told = f"{energy['low']:.3g} to {energy['high']:.3g} J"
+    return f"{least}{told} ({label(energy['provenance'])})"
 
 
 def counted_as(content: dict[str, Any]) -> str:
@@ -345,9 +356,6 @@ def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:
     identity = ledger_identity(content, stage)
     if any(row.identity == identity for row in ledger.read(path)):
         return
-    lacks = [content["energy_gap"]] if "energy_gap" in content else []
-    if content.get("resumed"):
-        lacks.append(BEGUN_BEFORE)
     ledger.append(
         path,
         ledger.stage_row(
@@ -357,6 +365,6 @@ def _enter_in_ledger(job: Job, content: dict[str, Any], stage: str) -> None:
             energy=content["energy"],
             intensity_g_per_kwh=job.recipe.account.intensity_g_per_kwh,
             pue=job.recipe.account.pue,
-            note="; ".join(lacks),
+            note=_lacks(content),
         ),
     )

@@ -96,8 +96,8 @@ def read_results(path: Path) -> Results:
     if content["schema"] != SCHEMA_VERSION:
         raise MeasurementError(
             f"{path}: results of schema {content['schema']}, this version of greenprune reads "
-            f"{SCHEMA_VERSION}; measure again (in a run: remove the folder {path.parent.name} and "
-            "run it again)"
+            f"{SCHEMA_VERSION}; measure again (in a run: remove the folder that the file is in, "
+            "and run it again)"
         )
     if "pairs" in content:
         raise MeasurementError(f"{path}: a race of two bundles; expected the results of one")
