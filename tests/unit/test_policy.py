@@ -197,6 +197,14 @@ def test_a_certificate_does_not_hold_on_another_kind_of_machine(
         session.policy = Policy(max_accuracy_loss=0.02)
 
 
+def test_energies_of_a_measurement_that_was_not_valid_say_so(dialled: Path, batch: Any) -> None:
+    doubted = {**ENERGIES, "mild": {**ENERGIES["mild"], "valid": False}}
+    bundle.update_manifest(dialled, {"energy_mj": doubted})
+    session = AdaptiveSession(dialled, policy=Policy(energy_budget_mj=9))
+    assert ask(session, batch([0.7])).energy_provenance == "measured_counter, not valid"
+    assert session.statistics.energy_provenance == "measured_counter, not valid"
+
+
 def test_energies_are_those_of_the_networks_that_ran(dialled: Path, batch: Any) -> None:
     session = AdaptiveSession(dialled, policy=Policy(max_accuracy_loss=0.02), drift=None)
     info = ask(session, batch([0.9, 0.1, np.nan]))

@@ -26,7 +26,8 @@ class RunInfo:
     """Estimate for each sample: the bundle's energy of the networks that ran on it, an audit
     included; None where the bundle has no figure for this runtime."""
     energy_provenance: str | None
-    """Where the bundle's figures come from, such as ``measured_counter``."""
+    """Where the bundle's figures come from, such as ``measured_counter``; ``measured_counter, not
+    valid`` where the measurement was not."""
     certified: tuple[bool, ...]
     """Whether the bundle's certificate covers the answer: runtime, threshold, not degraded, no
     drift."""

@@ -144,9 +144,10 @@ def energies_mj(manifest: Manifest, runtime: str) -> dict[str, float]:
 
 
 def provenance(manifest: Manifest) -> str:
-    """Where the energies come from."""
-    found = {str(manifest.energy_mj[name]["provenance"]) for name in manifest.energy_mj}
-    return ", ".join(sorted(found))
+    """Where the energies come from, and whether the measurement's verdict doubts them."""
+    told = manifest.energy_mj.values()
+    kinds = ", ".join(sorted({str(found["provenance"]) for found in told}))
+    return kinds if all(found.get("valid", True) for found in told) else f"{kinds}, not valid"
 
 
 def dial(manifest: Manifest, runtime: str) -> tuple[DialRow, ...]:
