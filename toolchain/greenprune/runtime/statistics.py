@@ -50,6 +50,7 @@ class Statistics:
     """Estimate for all answered samples; None where the bundle has no figure for a network that
     ran."""
     energy_provenance: str | None
+    """As :class:`greenprune.runtime.RunInfo` has it."""
     latency_p50_ms: float | None
     """Of the latest calls, at most 4096; None before the first."""
     latency_p99_ms: float | None
