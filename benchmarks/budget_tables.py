@@ -58,8 +58,30 @@ def measured_cost() -> str:
 
 
 def measured_cost_int8() -> str:
-    """The same, in int8."""
-    return _measured_cost("measured_cost_int8")
+    """The same, in int8, and where it led to other widths."""
+    return "\n".join([_measured_cost("measured_cost_int8"), "", _other_widths()])
+
+
+def _other_widths() -> str:
+    """The choices by prices in fp32 and in int8 side by side, layer by layer."""
+    rows = []
+    both = [read(name)["figures"]["networks"] for name in ("measured_cost", "measured_cost_int8")]
+    for network, found in both[1].items():
+        for arm in ("latency", "latency_blocks"):
+            fp32, int8 = (each[network]["arms"][arm]["widths"] for each in both)
+            layers = sorted({*fp32, *int8})
+            other = [name for name in layers if fp32.get(name, 0) != int8.get(name, 0)]
+            rows.append(
+                [
+                    f"{network}, {ARMS[arm]}",
+                    " / ".join(str(each[network]["block_width"]) for each in both),
+                    f"{len(fp32)} / {len(int8)}",
+                    f"{len(other)} of {len(layers)}",
+                    f"{sum(fp32.values())} / {sum(int8.values())}",
+                ]
+            )
+    headings = ["fp32 / int8", "block", "layers left", "layers otherwise", "channels left"]
+    return table(headings, rows)
 
 
 def _measured_cost(name: str) -> str:

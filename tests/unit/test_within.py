@@ -254,6 +254,23 @@ def test_a_limit_that_the_prices_call_out_of_reach_is_measured(
         cut(network, analysis, asked, "params <= 10", keep_at_least=floor, measure=measure)
 
 
+def test_the_least_is_measured_before_a_limit_is_given_up(
+    network: nn.Module, analysis: Analysis
+) -> None:
+    """The first choice pays so much more than it should that the next aim is below every price."""
+    dense = count(network, EXAMPLE).macs * 1e-6
+    seen: list[float] = []
+
+    def law(milliseconds: float) -> float:
+        return milliseconds * (1.6 if 0.3 < milliseconds / dense < 1 else 1)
+
+    asked = {"keep_at_least": 0.5, "measure": measuring(law, seen)}
+    found = cut(network, analysis, "latency x0.35", **asked)
+    assert seen[0] > 0.5
+    assert found.over <= 1
+    assert len(seen) <= within.TRIES
+
+
 def test_what_a_measured_network_has_shown_is_not_refused(
     network: nn.Module, analysis: Analysis
 ) -> None:

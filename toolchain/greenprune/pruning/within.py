@@ -145,14 +145,12 @@ def cut_within(
                 blocks=blocks,
             )
         except PruningError as error:
+            if refused is None and held and isinstance(error, BudgetError):
+                refused = error  # the least that the prices know is measured all the same
+                continue
             if found:
                 break  # the next aim asks for more than can be had
-            if refused is not None:
-                raise refused from error
-            if not held or not isinstance(error, BudgetError):
-                raise
-            refused = error
-            continue
+            raise error if refused is None else refused
         same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
         if same is not None:
             if same.over <= 1 or refused:
