@@ -22,7 +22,7 @@ demo: setup  ## the main job: LeNet-5 on handwritten digits, from training to re
 	$(BIN)/greenprune run
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --durations=30
 
 check: setup  ## lint, formatting, types and import contracts
 	$(BIN)/ruff check

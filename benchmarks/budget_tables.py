@@ -66,7 +66,7 @@ def _other_widths() -> str:
     """The choices by prices in fp32 and in int8 side by side, layer by layer."""
     rows = []
     both = [read(name)["figures"]["networks"] for name in ("measured_cost", "measured_cost_int8")]
-    for network, found in both[1].items():
+    for network in both[1]:
         for arm in ("latency", "latency_blocks"):
             fp32, int8 = (each[network]["arms"][arm]["widths"] for each in both)
             layers = sorted({*fp32, *int8})

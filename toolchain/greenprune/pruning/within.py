@@ -150,7 +150,9 @@ def cut_within(
                 continue
             if found:
                 break  # the next aim asks for more than can be had
-            raise error if refused is None else refused
+            if refused is not None:
+                raise refused from error
+            raise
         same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
         if same is not None:
             if same.over <= 1 or refused:
