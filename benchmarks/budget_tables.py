@@ -68,6 +68,8 @@ def _other_widths() -> str:
     both = [read(name)["figures"]["networks"] for name in ("measured_cost", "measured_cost_int8")]
     for network in both[1]:
         for arm in ("latency", "latency_blocks"):
+            if arm not in both[1][network]["arms"]:
+                continue
             fp32, int8 = (each[network]["arms"][arm]["widths"] for each in both)
             layers = sorted({*fp32, *int8})
             other = [name for name in layers if fp32.get(name, 0) != int8.get(name, 0)]
@@ -86,44 +88,53 @@ def _other_widths() -> str:
 
 def _measured_cost(name: str) -> str:
     result = read(name)
+    accuracies = name == "measured_cost"
     rows: list[list[str]] = []
     for network, found in result["figures"]["networks"].items():
         measured = found["runtimes"]
         rows.append(
-            [f"**{network}**, block of {found['block_width']}", *[""] * (2 + len(measured))]
+            [f"**{network}**, block of {found['block_width']}"]
+            + [""] * (1 + len(measured) + accuracies)
         )
         for arm in (arm for arm in ARMS if arm in found["arms"]):
             latencies = [_latency(runtime[arm]) for runtime in measured.values()]
-            accuracy = _accuracy(arm) if (name, network) == ("measured_cost", "resnet56") else ""
-            rows.append(
-                [ARMS[arm], f"{found['arms'][arm]['macs_share']:.1%}", *latencies, accuracy]
-            )
+            row = [ARMS[arm], f"{found['arms'][arm]['macs_share']:.1%}", *latencies]
+            if accuracies:
+                row.append(_accuracy(arm) if network == "resnet56" else "")
+            rows.append(row)
     faster = _faster(result["figures"]["networks"])
     networks = result["figures"]["networks"]
     runtimes = list(next(iter(networks.values()))["runtimes"])
     priced = ", ".join(f"{network} by {found['priced']}" for network, found in networks.items())
+    taught = (
+        " VGG-16 and MobileNetV3 have random weights. Accuracy: test images, from 93.39%, after 15 "
+        "epochs of one training for all, where that was run."
+    )
     note = (
         "Milliseconds, batch 1, and the share of the dense network's, paired by block, all arms in "
-        f"one race, {result['figures']['threads']} threads. Prices: {priced}. VGG-16 and "
-        "MobileNetV3 have random weights. Accuracy: test images, from 93.39%, after 15 epochs of "
-        f"one training for all, where that was run. On {machine(result)}. "
-        "`benchmarks/measured_cost.py`, `measured_cost_accuracy.py`."
+        f"one race, {result['figures']['threads']} threads. Prices: {priced}."
+        f"{taught if accuracies else ''} On {machine(result)}. `benchmarks/measured_cost.py`"
+        f"{', `measured_cost_accuracy.py`' if accuracies else ''}."
     )
-    headings = ["", "MACs", *(f"{runtime}, ms" for runtime in runtimes), "accuracy"]
+    headings = ["", "MACs", *(f"{runtime}, ms" for runtime in runtimes)]
+    headings += ["accuracy"] if accuracies else []
     return "\n".join([table(headings, rows), "", faster, "", note])
 
 
 def _faster(networks: dict[str, Any]) -> str:
     """How many times as fast as the arms (b) and (c) those of (d) are, where they were priced."""
-    headings = [ARMS["latency"], ARMS["latency_blocks"]]
+    ours = ("latency", "latency_blocks")
     rows = []
     for network, found in networks.items():
         measured = found["runtimes"][found["priced"]]
         for arm in ("macs", "macs_8", "torch_pruning_8"):
-            over = measured[arm]["over"].values()
-            times = [f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]" for r in over]
+            over = [measured[arm]["over"].get(own) for own in ours]
+            times = [
+                f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]" if r else "out of reach"
+                for r in over
+            ]
             rows.append([f"{network}, {found['priced']}: over {ARMS[arm]}", *times])
-    return table(["times as fast", *headings], rows)
+    return table(["times as fast", *(ARMS[own] for own in ours)], rows)
 
 
 def _latency(row: dict[str, Any]) -> str:

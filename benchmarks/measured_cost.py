@@ -37,6 +37,7 @@ from operating_points import resnet56_rates, vgg16_rates
 from torch import Tensor, nn
 
 from greenprune import cost_tables, data, models, schema, storage
+from greenprune.errors import PruningError
 from greenprune.harness import race
 from greenprune.harness.statistics import paired_ratio
 from greenprune.models.resnet import BasicBlock, PaddedShortcut
@@ -158,27 +159,32 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
         found = milliseconds(both)
         return {"latency_ms": (found["dense"], found["pruned"])}
 
-    settled = {
-        name: within.cut_within(
-            within.Terms(
-                limits=limits.parse_all([f"latency x{SHARE}"]),
-                width_multiple=min(table.block_width, USUAL),
-                keep_at_least=KEEP_AT_LEAST,
-                blocks=blocks,
-            ),
-            subject.network,
-            subject.network,
-            subject.analysis,
-            subject.scores,
-            subject.images[:2],
-            price,
-            side_by_side,
+    settled: dict[str, within.Settled] = {}
+    refused: dict[str, str] = {}
+    for name, blocks in (("latency", False), ("latency_blocks", True)):
+        terms = within.Terms(
+            limits=limits.parse_all([f"latency x{SHARE}"]),
+            width_multiple=min(table.block_width, USUAL),
+            keep_at_least=KEEP_AT_LEAST,
+            blocks=blocks,
         )
-        for name, blocks in (("latency", False), ("latency_blocks", True))
-    }
+        try:
+            settled[name] = within.cut_within(
+                terms,
+                subject.network,
+                subject.network,
+                subject.analysis,
+                subject.scores,
+                subject.images[:2],
+                price,
+                side_by_side,
+            )
+        except PruningError as error:  # out of reach, which is a result too
+            refused[name] = str(error)
     cuts = {**by_macs(subject), **{name: found.cut for name, found in settled.items()}}
     if subject.name == "resnet56":
-        keep(cuts, settled["latency_blocks"].choice.removed_blocks, subject, kept)
+        found = settled.get("latency_blocks")
+        keep(cuts, found.choice.removed_blocks if found else (), subject, kept)
     arms = {
         "dense": subject.network,
         **{name: cut.network for name, cut in cuts.items()},
@@ -190,6 +196,7 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
         "table_seconds_here": table_seconds,
         "block_width": table.block_width,
         "settled": {name: within.described(found) for name, found in settled.items()},
+        "refused": refused,
         "arms": described(arms, subject.images),
         "runtimes": {
             racer.runtime: rows(racer)
@@ -306,7 +313,8 @@ def described(arms: Mapping[str, nn.Module], images: Tensor) -> dict[str, Any]:
 def rows(racer: race.Racer) -> dict[str, Any]:
     """Milliseconds of each arm, as shares of the dense network's, and how many times as fast the
     arms (d) are; ratios paired by block."""
-    dense, ours = racer.blocks_ms["dense"], ("latency", "latency_blocks")
+    dense = racer.blocks_ms["dense"]
+    ours = [name for name in ("latency", "latency_blocks") if name in racer.blocks_ms]
     return {
         name: {
             "latency_ms": schema.encode(racer.latency_ms[name]),

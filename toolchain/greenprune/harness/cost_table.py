@@ -189,6 +189,12 @@ def read(path: Path) -> CostTable:
 
 
 def _check(table: CostTable, path: Path) -> None:
+    for name in ("block_width", "threads"):
+        if getattr(table, name) < 1:
+            raise MeasurementError(
+                f"{path}: expected a {name} of 1 and more, found {getattr(table, name)}; "
+                "measure again"
+            )
     shapes = [costs.shape for costs in table.costs]
     if len(set(shapes)) < len(shapes):
         raise MeasurementError(f"{path}: a shape stands there twice; measure again")

@@ -176,7 +176,8 @@ def cut_within(
         }
         settled = replace(settled, measured=measured)
         found.append(settled)
-        if 1 - SPARE <= settled.over <= 1 or (settled.over < 1 and not choice.removed):
+        untouched = not (choice.removed or choice.removed_blocks)
+        if 1 - SPARE <= settled.over <= 1 or (settled.over < 1 and untouched):
             break
         _note(seen, settled)
     return _best(found, terms)
