@@ -104,6 +104,8 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
         (lambda c: c["costs"][0]["points"][0].update(energy_uj=None), "energy_uj"),
         (lambda c: c["costs"][0]["points"].append(c["costs"][0]["points"][0]), "once"),
         (lambda c: c["costs"].append(c["costs"][0]), "twice"),
+        (lambda c: c.update(block_width=0), "block_width of 1"),
+        (lambda c: c.update(threads=-1), "threads of 1"),
     ],
 )
 def test_a_table_that_cannot_be_one_is_refused(tmp_path: Path, change: Any, message: str) -> None:

@@ -225,6 +225,16 @@ def test_blocks_go_whole_where_that_is_allowed(network: nn.Module, analysis: Ana
         cut(network, analysis, "macs x0.2", keep_at_least=0.6)
 
 
+def test_a_block_too_many_comes_back(network: nn.Module, analysis: Analysis) -> None:
+    """Both blocks go by the prices, and no channel; measured, one is enough."""
+    dense = count(network, EXAMPLE).macs * 1e-6
+    measure = measuring(lambda ms: (ms / dense) ** 1.2, [])
+    asked = {"blocks": True, "keep_at_least": 1.0}
+    found = cut(network, analysis, "latency x0.48", **asked, measure=measure)
+    assert len(found.choice.removed_blocks) == 1
+    assert found.over <= 1
+
+
 def test_what_cannot_be_reached_is_found_without_a_device(
     network: nn.Module, analysis: Analysis
 ) -> None:
