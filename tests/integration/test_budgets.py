@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from greenprune import api, cost_tables, prune_budget, whole_networks
+from greenprune import api, cost_tables, prune_budget, summary, whole_networks
 from greenprune.adaptive.selector import ScoredNetwork
 from greenprune.errors import MeasurementError, PruningError
 from greenprune.harness import cost_probe, cost_table
@@ -231,6 +231,12 @@ def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:
     assert found["removed_blocks"], "blocks go before the first step, by the whole way's choice"
     assert not first["removed_blocks"]
     assert not second["removed_blocks"]
+    shown = {
+        row["step"]: row["removed_blocks"]
+        for row in summary._budgets(results_of(made["run"], "prune"))
+        if row["variant"] == "aggressive"
+    }
+    assert shown == {1: found["removed_blocks"], 2: found["removed_blocks"]}
     assert found["macs_share"] <= 0.2
     assert made["variants"]["aggressive"]["macs"] == found["macs"]
     assert prune_budget.STAGE not in {path.name for path in Path(made["run"]).iterdir()}

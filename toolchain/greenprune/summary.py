@@ -152,7 +152,8 @@ def _budgets(pruned: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     "predicted_dense": found["dense"],
                     "measured": real.get("measured"),
                     "importance_kept": step["importance_kept"],
-                    "removed_blocks": step["removed_blocks"],
+                    # of the whole way: with several steps the blocks go before the first
+                    "removed_blocks": pruned[variant]["removed_blocks"],
                 }
 
 
