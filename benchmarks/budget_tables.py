@@ -14,7 +14,7 @@ ARMS = {
     "macs_8": "(c) the same, widths on 8",
     "torch_pruning_8": "(c) torch-pruning, `round_to=8`",
     "latency": "(d) DRP within half of the latency",
-    "latency_blocks": "(d) the same, blocks may go",
+    "latency_blocks": "(d) half of the latency, blocks may go",
 }
 
 
@@ -96,7 +96,13 @@ def _measured_cost(name: str) -> str:
             [f"**{network}**, block of {found['block_width']}"]
             + [""] * (1 + len(measured) + accuracies)
         )
-        for arm in (arm for arm in ARMS if arm in found["arms"]):
+        for arm in ARMS:
+            if arm in found.get("refused", {}):
+                rows.append(
+                    [ARMS[arm], *["out of reach"] * (1 + len(measured)), *[""] * accuracies]
+                )
+            if arm not in found["arms"]:
+                continue
             latencies = [_latency(runtime[arm]) for runtime in measured.values()]
             row = [ARMS[arm], f"{found['arms'][arm]['macs_share']:.1%}", *latencies]
             if accuracies:

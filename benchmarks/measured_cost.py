@@ -37,7 +37,7 @@ from operating_points import resnet56_rates, vgg16_rates
 from torch import Tensor, nn
 
 from greenprune import cost_tables, data, models, schema, storage
-from greenprune.errors import PruningError
+from greenprune.errors import ProofError, PruningError
 from greenprune.harness import race
 from greenprune.harness.statistics import paired_ratio
 from greenprune.models.resnet import BasicBlock, PaddedShortcut
@@ -179,6 +179,8 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
                 price,
                 side_by_side,
             )
+        except ProofError:
+            raise
         except PruningError as error:  # out of reach, which is a result too
             refused[name] = str(error)
     cuts = {**by_macs(subject), **{name: found.cut for name, found in settled.items()}}

@@ -75,7 +75,7 @@ def check_measurable(job: Job) -> None:
         raise TargetError(
             f"compile.target = '{target.name}': a whole run ends with a measurement, and "
             f"{' or '.join(target.capabilities.runtimes)} is not on this machine; expected a "
-            f"target that runs here, such as x86, or `greenprune prune`, which measures nothing; "
+            "target that runs here, such as x86, or `greenprune prune`, which measures nothing; "
             f"then `greenprune-export --target {target.name}`, and greenprune-bench on the device"
         )
 
