@@ -148,7 +148,7 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
         layers,
         width_multiple=min(table.block_width, USUAL),
         keep_at_least=KEEP_AT_LEAST,
-        measure=milliseconds,
+        measure=lambda networks: {name: (ms, None) for name, ms in milliseconds(networks).items()},
     )
 
     def price(network: nn.Module, analysis: Analysis) -> Mapping[str, optimise.Prices]:
@@ -159,7 +159,7 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
         found = milliseconds(both)
         return {"latency_ms": (found["dense"], found["pruned"])}
 
-    settled: dict[str, within.Settled] = {}
+    settled: dict[str, within.Decision] = {}
     refused: dict[str, str] = {}
     for name, blocks in (("latency", False), ("latency_blocks", True)):
         terms = within.Terms(
@@ -169,7 +169,7 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
             blocks=blocks,
         )
         try:
-            settled[name] = within.cut_within(
+            settled[name] = within.decide(
                 terms,
                 subject.network,
                 subject.network,
@@ -183,7 +183,10 @@ def one(subject: Subject, runtimes: list[str], threads: int, kept: Path) -> dict
             raise
         except PruningError as error:  # out of reach, which is a result too
             refused[name] = str(error)
-    cuts = {**by_macs(subject), **{name: found.cut for name, found in settled.items()}}
+    cuts = by_macs(subject) | {
+        name: found.apply(subject.network, subject.analysis, subject.images[:2])
+        for name, found in settled.items()
+    }
     if subject.name == "resnet56":
         found = settled.get("latency_blocks")
         keep(cuts, found.choice.removed_blocks if found else (), subject, kept)

@@ -12,12 +12,21 @@ from typing import Any
 import pytest
 from torch import nn
 
-from greenprune import api, cost_tables, prune_budget, summary, whole_networks
+from greenprune import (
+    api,
+    cost_tables,
+    pipeline,
+    prune_budget,
+    prune_stage,
+    stages,
+    summary,
+    whole_networks,
+)
 from greenprune.adaptive.selector import ScoredNetwork
 from greenprune.errors import MeasurementError, PruningError
 from greenprune.harness import cost_probe, cost_table
 from greenprune.harness.race import PRESET, Race
-from greenprune.pruning import probe_graphs
+from greenprune.pruning import probe_graphs, within
 from greenprune.registry import load_target
 
 pytestmark = pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
@@ -114,7 +123,8 @@ def test_a_budget_is_held_as_measured(
 
     monkeypatch.setattr(cost_tables.cost_probe, "measure", never)
     again = [*overrides, 'prune.aggressive.budget=["latency x0.75"]']
-    api.prune(overrides=again, runs=tmp_path / "runs", name="held")
+    job = api.open_job(overrides=again, runs=tmp_path / "runs", name="held")
+    pipeline.execute(job, stages.host_stages(job.recipe)[:2])
     tables = [first, cost_table.read(carried)]
     assert tables[0].costs == tables[1].costs
     for each in tables:
@@ -206,8 +216,11 @@ def test_steps_of_a_network_with_groups_and_its_head(
     assert not any(isinstance(networks["dense"], ScoredNetwork) for networks in pairs)
 
 
-def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:
-    """A residual network, cut in two steps, of which the first may take a block."""
+def test_steps_and_blocks(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A residual network, cut in two steps, of which the first may take a block; it is stopped
+    between the two, and what was decided by then stands."""
     asked = [
         *(text for text in overrides if not text.startswith(("model.factory", "prune.mild"))),
         'model.factory="greenprune.models:resnet20"',
@@ -224,7 +237,29 @@ def test_steps_and_blocks(tmp_path: Path, overrides: list[str]) -> None:
         "prune.images=64",
         "prune.between.epochs=1",
     ]
+    decide, decided = within.decide, []
+
+    def spy(*arguments: Any, **named: Any) -> within.Decision:
+        decided.append(decide(*arguments, **named))
+        return decided[-1]
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(within, "decide", spy)
+    with monkeypatch.context() as patch:
+        patch.setattr(prune_stage, "_train_between", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.prune(overrides=asked, runs=tmp_path / "runs", name="steps")
+    assert len(decided) == 2, "the blocks of the mild network, and its first step"
+    kept = list((tmp_path / "runs" / "steps" / "checkpoints").glob("prune-*.json"))
+    assert len(kept) == 2
     made = api.prune(overrides=asked, runs=tmp_path / "runs", name="steps")
+    assert len(decided) == 6, "decided again"
+    assert not [path for path in kept if path.exists()]
+    assert json.loads((Path(made["run"]) / "prune" / "stage.json").read_text())["resumed"]
+    mild = results_of(made["run"], "prune")["mild"]
+    assert mild["budget"][0] == within.described(decided[1])
     found = results_of(made["run"], "prune")["aggressive"]
     first, second = found["budget"]
     assert first["quantities"]["macs"]["goal"] > second["quantities"]["macs"]["goal"]

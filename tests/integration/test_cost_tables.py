@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,50 @@ def test_a_cached_table_is_not_measured_again(
         cost_tables.table_for(
             priced(16), target="x86", runtime=RUNTIME, threads=1, cache=cache, grid_block=4
         )
+
+
+def test_a_cached_table_without_the_joules_of_a_layer_is_measured_again(
+    measured: tuple[Path, CostTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A meter may fail during one layer alone."""
+    cache, _ = measured
+    own = tmp_path / "cache"
+    shutil.copytree(cache, own)
+
+    def metered(costs: cost_table.ShapeCosts) -> cost_table.ShapeCosts:
+        points = tuple(
+            replace(point, energy_uj=3.0, energy_uj_low=2.0, energy_uj_high=4.0)
+            for point in costs.points
+        )
+        return replace(costs, points=points)
+
+    paths = list(own.glob("*/*.json"))
+    for path in paths:
+        found = cost_table.read(path)
+        cost_table.write(
+            replace(found, meter="rapl", costs=tuple(metered(costs) for costs in found.costs)), path
+        )
+    asked = functools.partial(
+        cost_tables.table_for, target="x86", runtime=RUNTIME, threads=1, cache=own, joules=True
+    )
+    monkeypatch.setattr(probe_graphs, "write_folder", refuse)
+    whole = asked(priced(16))
+    assert whole.meter == "rapl"
+    for path in paths:
+        found = cost_table.read(path)
+        gap = tuple(found.costs[:-1]) + tuple(
+            replace(
+                costs,
+                points=tuple(
+                    replace(point, energy_uj=None, energy_uj_low=None, energy_uj_high=None)
+                    for point in costs.points
+                ),
+            )
+            for costs in found.costs[-1:]
+        )
+        cost_table.write(replace(found, costs=gap), path)
+    with pytest.raises(AssertionError, match="measured again"):
+        asked(priced(16))
 
 
 def test_the_grid_has_multiples_of_the_block_that_was_found(

@@ -264,7 +264,7 @@ def plain() -> nn.Module:
 
 
 def taught_by(
-    measured: Callable[[float], float], keep_at_least: float = 0.2
+    measured: Callable[[float], float], keep_at_least: float = 0.2, joules: bool = False
 ) -> tuple[Predictor, list[float], list[float]]:
     """A predictor taught where networks take what ``measured`` makes of their sums; with what they
     took, and what it predicts of them."""
@@ -274,7 +274,7 @@ def taught_by(
     table = made_table(layers)
     chosen, took = [], []
 
-    def measure(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+    def measure(networks: Mapping[str, nn.Module]) -> dict[str, tuple[float, float | None]]:
         for pruned in networks.values():
             lost = {
                 group.name: group.channels
@@ -283,7 +283,9 @@ def taught_by(
             }
             chosen.append(lost)
             took.append(measured(float(Predictor(layers, table).summed_ms(lost)[0])))
-        return dict(zip(networks, took, strict=True))
+        return {
+            name: (ms, 2 * ms if joules else None) for name, ms in zip(networks, took, strict=True)
+        }
 
     table = cost_tables.taught(
         table,
@@ -305,6 +307,13 @@ def test_whole_networks_teach_a_line() -> None:
     np.testing.assert_allclose(predicted, took, rtol=1e-6)
     told = predictor.table.correction
     assert (told["dense_ms"], told["narrowest_ms"]) == (took[0], took[-1])
+
+
+def test_joules_of_the_widest_and_the_narrowest_are_kept_where_they_are_measured() -> None:
+    predictor, took, _ = taught_by(lambda summed: summed, joules=True)
+    told = predictor.table.correction
+    assert (told["dense_mj"], told["narrowest_mj"]) == (2 * took[0], 2 * took[-1])
+    assert "dense_mj" not in taught_by(lambda summed: summed)[0].table.correction
 
 
 def test_no_network_teaches_that_no_budget_can_lead_to() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from greenprune import prune_budget
 from greenprune.adaptive.selector import ScoredNetwork
+from greenprune.errors import MeasurementError
+from greenprune.harness import cost_table
+from greenprune.harness.environment import versions
 from greenprune.pruning.graph import analyse
 from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
 from greenprune.recipe import Recipe
+from greenprune.registry import load_target
 
 EXAMPLE = torch.zeros(2, 3, 16, 16)
 
@@ -63,3 +68,31 @@ def test_a_head_is_measured_where_a_selector_could_read_the_network(
     assert (logits.shape, score.shape) == ((2, 5), (2,))
     for unreadable in (nn.Sequential(*body[:2]), nn.Sequential(nn.ReLU())):  # a map; no layer
         assert prune_budget._with_head(job, unreadable.eval()) is unreadable
+
+
+@pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
+def test_a_carried_table_has_the_threads_that_sessions_have_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = cost_table.CostPoint(
+        in_width=8, out_width=8, latency_us=5.0, latency_us_low=5.0, latency_us_high=5.0
+    )
+    shape = cost_table.LayerShape(operator="linear")
+    device = load_target("x86")
+    table = cost_table.CostTable(
+        target="x86",
+        runtime="onnxruntime",
+        threads=3,
+        machine=cost_table.describe_machine(device),
+        versions=dict(versions()),
+        block_width=8,
+        block_probe=(),
+        costs=(cost_table.ShapeCosts(shape=shape, mirrored=False, points=(point,)),),
+    )
+    cost_table.write(table, tmp_path / "table.json")
+    job: Any = SimpleNamespace(recipe=Recipe())
+    monkeypatch.setattr(prune_budget, "session_threads", lambda threads: threads or 3)
+    assert prune_budget._carried(job, tmp_path / "table.json", ()) == table
+    monkeypatch.setattr(prune_budget, "session_threads", lambda threads: threads or 4)
+    with pytest.raises(MeasurementError, match="of threads '4', it is of '3'"):
+        prune_budget._carried(job, tmp_path / "table.json", ())

@@ -32,8 +32,9 @@ from greenprune import (
 )
 from greenprune import recipe as recipes
 from greenprune._version import __version__
-from greenprune.errors import MissingPackageError, RecipeError, RunError, TargetError
+from greenprune.errors import BundleError, MissingPackageError, RecipeError, RunError, TargetError
 from greenprune.harness import cost_table
+from greenprune.registry import load_target
 from greenprune.sweep_record import Energy, Figures, Measured, Point, Sweep
 
 # accuracy, development accuracy, ms, mJ, bytes
@@ -399,6 +400,105 @@ def test_address_that_does_not_answer(
     assert f"--address {address}: expected a Ray cluster" in str(caught.value)
 
 
+class Done:
+    """A task that has ended."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+
+class Inline:
+    """A Ray that runs each task when it is begun, on the next of two nodes or where it is told to;
+    ``begun`` are the functions' names, runs' names and nodes."""
+
+    exceptions = types.SimpleNamespace(RayTaskError=ValueError, RayError=OSError)
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, str, str]] = []
+        self.node = ""
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "NodeID": name, "Resources": {"CPU": 2.0}} for name in "ab"]
+
+    def get_runtime_context(self) -> Any:
+        return types.SimpleNamespace(get_node_id=lambda: self.node)
+
+    def remote(self, *, num_cpus: float, max_retries: int, scheduling_strategy: str = "") -> Any:
+        def begin(function: Any) -> Any:
+            def task(work: Any, recipe: Any, folder: str, *others: Any) -> Any:
+                self.node = scheduling_strategy or "ab"[len(self.begun) % 2]
+                self.begun.append((work.__name__, Path(folder).name, self.node))
+                answer = function(work, recipe, folder, *others)
+                return Done(answer)
+
+            return types.SimpleNamespace(remote=task)
+
+        return begin
+
+    def get(self, task: Any) -> Any:
+        return task.answer
+
+    def wait(self, tasks: list[Any], num_returns: int) -> Any:
+        return tasks[:1], tasks[1:]
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> Inline:
+    """In which all that is asked for is done at once, and only ``check`` is real."""
+    found = Inline()
+    monkeypatch.setitem(sys.modules, "ray", found)
+    monkeypatch.setattr(sweep_cluster, "only_on", lambda node: node)
+    monkeypatch.setattr(sweep_record, "read_point", lambda place: measured({}))
+    for name in ("train_base", "advance", "finish"):
+
+        def work(recipe: Any, folder: str, *others: Any) -> None:
+            return None
+
+        work.__name__ = name
+        monkeypatch.setattr(sweep_worker, name, work)
+    return found
+
+
+def ended(inline: Inline, folder: Path, budgets: list[str], targets: list[str]) -> dict[str, Any]:
+    planned = sweep_points.plan(None, [[text] for text in budgets], targets)
+    return {each.name: each for each in sweep._ended_points(inline, folder, planned)}
+
+
+@pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
+def test_what_cannot_be_measured_is_refused_before_the_training(
+    inline: Inline, tmp_path: Path
+) -> None:
+    found = ended(inline, tmp_path, ["macs x0.5", "energy x0.5"], ["x86", "arm"])
+    assert {name: each.state for name, each in found.items()} == {
+        "x86-macs-x0.5": "done",
+        "x86-energy-x0.5": "failed",  # no meter here
+        "arm-macs-x0.5": "failed",
+        "arm-energy-x0.5": "failed",
+    }
+    assert "no joules" in found["x86-energy-x0.5"].error
+    assert "this machine is none" in found["arm-macs-x0.5"].error
+    works = [work for work, _, _ in inline.begun]
+    assert works == ["check"] * 4 + ["train_base", "advance", "finish"]
+
+
+@pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
+def test_nothing_is_trained_where_no_point_can_be_measured(inline: Inline, tmp_path: Path) -> None:
+    found = ended(inline, tmp_path, ["macs x0.5"], ["arm"])
+    assert found["arm-macs-x0.5"].state == "failed"
+    assert [work for work, _, _ in inline.begun] == ["check"]
+
+
+@pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
+def test_all_of_a_point_is_done_on_one_node(inline: Inline, tmp_path: Path) -> None:
+    """A table that one node measured is none of another's, and would be measured again there."""
+    found = ended(inline, tmp_path, ["latency x0.5", "latency x0.4"], ["x86"])
+    assert {each.state for each in found.values()} == {"done"}
+    for name in found:
+        own = [(work, node) for work, place, node in inline.begun if place == name]
+        assert [work for work, _ in own] == ["check", "advance", "advance", "finish"]
+        assert len({node for _, node in own[1:]}) == 1
+
+
 class Cluster:
     """Two nodes; what they answer to a look at the folder."""
 
@@ -606,6 +706,22 @@ def test_pick_by_joules_that_nobody_measured() -> None:
 def test_pick_asks_for_one_of_the_targets(folder: Path) -> None:
     with pytest.raises(RunError, match="x86"):
         pick.pick(folder, latency_ms=1.0, target="cuda")
+
+
+def test_pick_of_a_run_that_was_changed_since(folder: Path) -> None:
+    """Repeated by hand, or in a sweep that was killed: its bundle is another than was measured."""
+    run = folder / "x86-macs-x0.5"
+    write_stage(run, "report-x86", "1")
+    pipeline.write_run(pipeline.Job(recipes.load(None), run))
+    storage.write_json(run / "point.json", schema.encode(measured(POINTS[run.name], valid=False)))
+    with pytest.raises(RunError, match=r"x86-macs-x0\.5: was changed after the sweep"):
+        pick.pick(folder, latency_ms=1.0)
+    storage.write_json(run / "point.json", schema.encode(measured(POINTS[run.name])))
+    with pytest.raises(BundleError):  # the figures are of it; this one has no bundle
+        pick.pick(folder, latency_ms=1.0)
+    (run / "report-x86" / "stage.json").unlink()
+    with pytest.raises(RunError, match="was changed after the sweep"):
+        pick.pick(folder, latency_ms=1.0)
 
 
 # -- the page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from greenprune import schema
 from greenprune.errors import BudgetError, PruningError
 from greenprune.pruning import limits, optimise, within
 from greenprune.pruning.cost import count
@@ -85,15 +87,15 @@ def scores_of(analysis: Analysis) -> dict[str, np.ndarray]:
     return {g.name: generator.uniform(0.5, 1.5, g.channels) for g in analysis.groups}
 
 
-def cut(network: nn.Module, analysis: Analysis, *texts: str, **others: object) -> within.Settled:
+def cut(network: nn.Module, analysis: Analysis, *texts: str, **others: object) -> within.Decision:
     terms = within.Terms(
         limits=limits.parse_all(texts),
-        width_multiple=1,
+        width_multiple=int(others.pop("width_multiple", 1)),  # type: ignore[call-overload]
         keep_at_least=float(others.pop("keep_at_least", 0.05)),  # type: ignore[arg-type]
         way=float(others.pop("way", 1.0)),  # type: ignore[arg-type]
         blocks=bool(others.pop("blocks", False)),
     )
-    return within.cut_within(
+    return within.decide(
         terms,
         network,
         network,
@@ -104,15 +106,19 @@ def cut(network: nn.Module, analysis: Analysis, *texts: str, **others: object) -
     )
 
 
+def left(network: nn.Module, analysis: Analysis, found: within.Decision) -> nn.Module:
+    return found.apply(network, analysis, EXAMPLE).network
+
+
 def test_without_a_device_the_prediction_is_held(network: nn.Module, analysis: Analysis) -> None:
     found = cut(network, analysis, "latency x0.5", "params <= 6000")
-    share = count(found.cut.network, EXAMPLE).macs / count(network, EXAMPLE).macs
+    share = count(left(network, analysis, found), EXAMPLE).macs / count(network, EXAMPLE).macs
     assert 0.4 < share <= 0.5
-    assert count(found.cut.network, EXAMPLE).params <= 6000
+    assert count(left(network, analysis, found), EXAMPLE).params <= 6000
     assert not found.measured
     assert found.tries == 1
     assert found.choice.predicted["latency_ms"] == pytest.approx(
-        count(found.cut.network, EXAMPLE).macs * 1e-6
+        count(left(network, analysis, found), EXAMPLE).macs * 1e-6
     )
 
 
@@ -125,7 +131,9 @@ def test_the_measured_network_is_within(
     found = cut(network, analysis, "latency x0.6", measure=measuring(law, seen))
     measured = found.measured["latency_ms"]
     assert measured.value <= measured.allowed
-    assert measured.value == pytest.approx(law(count(found.cut.network, EXAMPLE).macs * 1e-6))
+    assert measured.value == pytest.approx(
+        law(count(left(network, analysis, found), EXAMPLE).macs * 1e-6)
+    )
     # the nearest that was seen within the limit, and no more given up than had to be
     assert measured.value >= 0.85 * measured.allowed
     assert len(seen) <= within.TRIES
@@ -171,7 +179,7 @@ def test_both_of_the_devices_quantities_are_held_as_measured(
     found = cut(network, analysis, *asked, price=by_macs_and_params, measure=measure)
     assert set(found.measured) == {"latency_ms", "energy_mj"}
     assert 0.85 <= found.over <= 1
-    told = measure(network, found.cut.network)
+    told = measure(network, left(network, analysis, found))
     for quantity, share in (("latency_ms", milliseconds), ("energy_mj", millijoules)):
         assert found.measured[quantity].value == told[quantity][1] <= share * told[quantity][0]
 
@@ -208,7 +216,7 @@ def test_what_no_choice_meets_is_refused_with_what_was_measured(
 
 def test_a_step_goes_part_of_the_way(network: nn.Module, analysis: Analysis) -> None:
     shares = [
-        count(cut(network, analysis, "macs x0.25", way=way).cut.network, EXAMPLE).macs
+        count(left(network, analysis, cut(network, analysis, "macs x0.25", way=way)), EXAMPLE).macs
         / count(network, EXAMPLE).macs
         for way in (0.25, 0.5, 1.0)
     ]
@@ -220,7 +228,7 @@ def test_a_step_goes_part_of_the_way(network: nn.Module, analysis: Analysis) -> 
 def test_blocks_go_whole_where_that_is_allowed(network: nn.Module, analysis: Analysis) -> None:
     found = cut(network, analysis, "macs x0.2", blocks=True, keep_at_least=0.6)
     assert found.choice.removed_blocks
-    assert count(found.cut.network, EXAMPLE).macs <= 0.2 * count(network, EXAMPLE).macs
+    assert count(left(network, analysis, found), EXAMPLE).macs <= 0.2 * count(network, EXAMPLE).macs
     with pytest.raises(PruningError, match="or allow blocks to go"):
         cut(network, analysis, "macs x0.2", keep_at_least=0.6)
 
@@ -233,6 +241,36 @@ def test_a_block_too_many_comes_back(network: nn.Module, analysis: Analysis) -> 
     found = cut(network, analysis, "latency x0.48", **asked, measure=measure)
     assert len(found.choice.removed_blocks) == 1
     assert found.over <= 1
+
+
+def test_a_wider_choice_is_found_beyond_one_that_comes_back(
+    network: nn.Module, analysis: Analysis
+) -> None:
+    """Where choices are few, an aim further up may lead to the choice that is known already."""
+    dense = count(network, EXAMPLE).macs * 1e-6
+
+    def law(milliseconds: float) -> float:
+        return (milliseconds / dense) ** 1.6
+
+    def share(found: within.Decision) -> float:
+        return law(count(left(network, analysis, found), EXAMPLE).macs * 1e-6)
+
+    coarse = {"width_multiple": 8, "keep_at_least": 0.5}
+    all_choices = [
+        cut(network, analysis, f"latency x{percent / 100}", **coarse) for percent in range(35, 101)
+    ]
+    kept = [each.choice.importance_kept for each in all_choices if share(each) <= 0.6]
+    found = cut(network, analysis, "latency x0.6", **coarse, measure=measuring(law, []))
+    assert found.over <= 1
+    assert found.choice.importance_kept == pytest.approx(max(kept))
+
+
+def test_a_decision_is_read_back_as_it_was(network: nn.Module, analysis: Analysis) -> None:
+    asked = {"blocks": True, "keep_at_least": 0.6, "measure": measuring(lambda ms: ms, [])}
+    found = cut(network, analysis, "latency x0.3", **asked)
+    assert all(found.gone)
+    text = json.dumps(schema.encode(found))
+    assert schema.decode(json.loads(text), within.Decision, "a file", PruningError) == found
 
 
 def test_what_cannot_be_reached_is_found_without_a_device(
@@ -258,7 +296,7 @@ def test_a_limit_that_the_prices_call_out_of_reach_is_measured(
     assert found.over <= 1
     assert seen[0] <= 0.2
     steep = measuring(lambda ms: ms**0.5, seen)
-    with pytest.raises(PruningError, match="were measured, the nearest at latency_ms"):
+    with pytest.raises(PruningError, match="one choice was measured, the nearest at latency_ms"):
         cut(network, analysis, asked, keep_at_least=floor, measure=steep)
     with pytest.raises(BudgetError, match="params"):  # that is no matter of measuring
         cut(network, analysis, asked, "params <= 10", keep_at_least=floor, measure=measure)

@@ -117,9 +117,18 @@ def _kept(
     if block and probed is None:
         return None
     table = _cached(setting, _wanted(setting, layers, grid_block, probed))
-    if table is None or (joules and "energy_mj" not in Predictor(layers, table).prices()):
+    if table is None or (joules and not _has_joules(layers, table)):
         return None
     return probed, table
+
+
+def _has_joules(layers: Sequence[PricedLayer], table: CostTable) -> bool:
+    """Of every layer: a meter may have failed during one of them."""
+    try:
+        Predictor(layers, table).energy_mj({})
+    except MeasurementError:
+        return False
+    return True
 
 
 def _made(setting: _Setting, layers: Sequence[PricedLayer], grid_block: int | None) -> _Found:
@@ -149,7 +158,7 @@ def taught(
     *,
     width_multiple: int,
     keep_at_least: float,
-    measure: Callable[[Mapping[str, nn.Module]], Mapping[str, float]],
+    measure: Callable[[Mapping[str, nn.Module]], Mapping[str, tuple[float, float | None]]],
 ) -> CostTable:
     """The table with what whole networks teach: the dense one, and it evenly cut to some widths,
     down to the narrowest that a budget can lead to.
@@ -161,7 +170,8 @@ def taught(
         layers: of it; see :func:`~greenprune.pruning.layer_shapes.shapes_of`.
         width_multiple: widths are multiples of it.
         keep_at_least: share of its channels that each group keeps.
-        measure: milliseconds of several networks, measured side by side on the table's runtime.
+        measure: milliseconds and, where they are measured, millijoules of several networks, side
+            by side on the table's runtime.
     """
     whole = np.array([group.channels for group in analysis.groups])
     shares = np.array([*(share for share in TAUGHT_SHARES if share > keep_at_least), keep_at_least])
@@ -178,7 +188,7 @@ def taught(
         for place, row in enumerate(lost.tolist())
     }
     told = measure(networks)
-    measured_ms = [told[name] for name in networks]
+    measured_ms = [told[name][0] for name in networks]
     counts = {group.name: n for group, n in zip(analysis.groups, lost.T, strict=True)}
     found = learn(Predictor(layers, table).summed_ms(counts), measured_ms)
     correction = {
@@ -187,6 +197,11 @@ def taught(
         "dense_ms": measured_ms[0],
         "narrowest_ms": measured_ms[-1],
     }
+    joules = {
+        "dense_mj": told["network 0"][1],
+        "narrowest_mj": told[f"network {len(networks) - 1}"][1],
+    }
+    correction |= {name: value for name, value in joules.items() if value is not None}
     return replace(table, correction=correction)
 
 

@@ -47,7 +47,7 @@ def pick(
 
     Raises:
         RunError: no sweep, no limit, several targets and none named, or no candidate within the
-            limits; then the closest is named.
+            limits; then the closest is named; the chosen point's run was changed since.
         BundleError: the point's bundle is damaged.
         StorageError: ``output`` exists and is not a bundle.
     """
@@ -66,6 +66,12 @@ def pick(
     # the bundle that was measured, as it is: built again it might race and certify otherwise
     run = folder / chosen.point
     job = pipeline.Job(recipes.read_back(run / pipeline.RUN_FILE), run)
+    report = f"report-{job.recipe.compile.target}"
+    if not pipeline.is_current(run, report) or sweep_record.read_point(run) != chosen.measured:
+        raise RunError(
+            f"{run}: was changed after the sweep '{sweep.name}' measured it, so that its bundle is "
+            "not the one that these figures are of; run the sweep again with the same command"
+        )
     destination = output or Path(f"{sweep.name}-{chosen.point}.bundle")
     made = api.copy_bundle(job.bundle, destination)
     return Picked(candidate=chosen, bundle=made)

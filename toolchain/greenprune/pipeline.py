@@ -82,7 +82,8 @@ class Job:
         return self.place(self.bundle_stage) / "bundle"
 
     def checkpoint(self, stage: str, inputs_sha256: str) -> Path:
-        """Where a training stage keeps its last epoch until it is finished."""
+        """Where a training stage keeps its last epoch until it is finished; other names with this
+        stem are a stage's too."""
         return self.folder / "checkpoints" / f"{stage}-{inputs_sha256[:16]}.safetensors"
 
 
@@ -247,7 +248,7 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str, *, ki
         "seed": job.recipe.seed,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         "versions": versions(),
-        "resumed": killed or any(checkpoint.parent.glob(f"{checkpoint.stem}*.safetensors")),
+        "resumed": killed or any(checkpoint.parent.glob(f"{checkpoint.stem}*")),
     }
     with storage.atomic_folder(job.place(stage.name)) as folder:
         work = Work(job=job, folder=folder, checkpoint=checkpoint)
@@ -257,7 +258,7 @@ def _run_stage(job: Job, stage: Stage, hashes: dict[str, str], title: str, *, ki
             _enter_in_ledger(job, content, f"{stage.name}-stopped")
             raise
         storage.write_json(folder / STAGE_FILE, content)
-    for old in checkpoint.parent.glob(f"{stage.name}-*.safetensors"):
+    for old in checkpoint.parent.glob(f"{stage.name}-*"):
         old.unlink()
     _enter_in_ledger(job, content, counted_as(content))
     told = (

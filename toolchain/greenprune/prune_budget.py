@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from greenprune import compilation, cost_tables, models, processes, whole_networks
 from greenprune import stage_parts as parts
 from greenprune.adaptive import selector
+from greenprune.cores import session_threads
 from greenprune.errors import MeasurementError, NotAvailableError, PruningError, StorageError
 from greenprune.harness import cost_plan, cost_table, protocol
 from greenprune.harness.cost_table import CostTable, LayerShape
@@ -73,6 +74,20 @@ def preflight(job: Job) -> int:
     return _multiple(job, FINE)
 
 
+def reach(job: Job, network: nn.Module, analysis: Analysis, example: Tensor) -> None:
+    """Whether budgets can be reached, as far as that is known without a table.
+
+    Raises:
+        GreenpruneError: see :func:`preflight`.
+        BudgetError: one cannot.
+    """
+    multiple = preflight(job)
+    for variant in parts.PRUNED:
+        if getattr(job.recipe.prune, variant).budget:
+            terms = terms_of(job, variant, multiple)
+            within.check_reachable(terms, network, analysis, example, {})
+
+
 def _check_meter() -> None:
     with protocol.one_at_a_time():
         name, _ = protocol.real_meter("auto")
@@ -86,6 +101,8 @@ def _check_meter() -> None:
 def _carried(job: Job, path: Path, layers: Sequence[PricedLayer]) -> CostTable:
     """The table that the recipe names, of the device and the precision that it is for."""
     target, threads = load_target(job.recipe.compile.target), job.recipe.threads
+    if target.is_here():
+        threads = session_threads(threads)  # elsewhere 0 are as many as that device has
     table = cost_tables.table_from_file(path, layers, target=target.name, threads=threads or None)
     wanted = _in_precision(job)
     if table.runtime not in wanted:
@@ -110,6 +127,7 @@ def price(work: Work) -> dict[str, Any]:
     job = work.job
     network, example = parts.load(job, "train")[0], parts.example_of(job.data)
     analysis = surgery.analyse_and_try(network, example)
+    reach(job, network, analysis, example)  # other budgets than those that training began with
     layers = shapes_of(network, example, analysis)
     target = job.recipe.compile.target
     if job.recipe.prune.cost_table is not None:
@@ -138,7 +156,11 @@ def price(work: Work) -> dict[str, Any]:
                 "was made (`greenprune doctor` says why); ask for latency instead"
             )
     told = table.correction
-    shown = {"latency_ms": (told["dense_ms"], told["narrowest_ms"])} if told else {}
+    shown = {
+        f"{quantity}_{unit}": (told[f"dense_{unit}"], told[f"narrowest_{unit}"])
+        for quantity, unit in (("latency", "ms"), ("energy", "mj"))
+        if f"narrowest_{unit}" in told and f"dense_{unit}" in told
+    }
     for variant in parts.PRUNED:
         terms = terms_of(job, variant, _multiple(job, table.block_width))
         within.check_reachable(terms, network, analysis, example, prices, shown)
@@ -161,9 +183,11 @@ def _taught(
 ) -> CostTable:
     """See :func:`greenprune.cost_tables.taught`."""
 
-    def measure(networks: Mapping[str, nn.Module]) -> dict[str, float]:
-        (racer,) = _race(job, networks, [table.runtime]).racers
-        return {name: found.value for name, found in racer.latency_ms.items()}
+    def measure(networks: Mapping[str, nn.Module]) -> dict[str, tuple[float, float | None]]:
+        joules = _in_joules(_limits(job.recipe))
+        (racer,) = _race(job, networks, [table.runtime], joules=joules).racers
+        energy = {name: each.value for name, each in racer.energy_mj.items() if each is not None}
+        return {name: (each.value, energy.get(name)) for name, each in racer.latency_ms.items()}
 
     return cost_tables.taught(
         table,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from greenprune import processes, prune_budget, schema, storage, training
 from greenprune import stage_parts as parts
 from greenprune.data import draw, normalise
-from greenprune.errors import NotAvailableError
+from greenprune.errors import NotAvailableError, RunError
 from greenprune.pipeline import Job, Work
 from greenprune.prune_budget import width_multiple
 from greenprune.pruning import (
@@ -53,6 +54,7 @@ def _prune_by_scores(work: Work) -> dict[str, Any]:
     job, settings = work.job, work.job.recipe.prune
     network, described = parts.load(job, "sparsify")
     analysis = surgery.analyse_and_try(network, parts.example_of(job.data))
+    prune_budget.reach(job, network, analysis, parts.example_of(job.data))  # before it is scored
     scoring = _score(job, network, analysis)
     results: dict[str, Any] = {
         "images": scoring.images,
@@ -129,35 +131,29 @@ def _within_budget(
         The channels that the first step took, and the results.
     """
     job, settings = work.job, work.job.recipe.prune
+    example = parts.example_of(job.data)
     terms = prune_budget.terms_of(job, variant, prune_budget.found_multiple(job))
-    price, measured = prune_budget.price_of(job), prune_budget.measure_of(job, variant)
+    held = Held(first.network, prune_budget.price_of(job), prune_budget.measure_of(job, variant))
     subject, told, gone = first, [], None
     if settings.blocks and settings.steps > 1:
-        subject = _without_blocks(job, first, terms, price, measured)
+        subject = _without_blocks(work, first, terms, held, f"{variant}-blocks")
         terms = replace(terms, blocks=False)
     for step in range(1, settings.steps + 1):
-        settled = within.cut_within(
-            replace(terms, way=step / settings.steps),
-            first.network,
-            subject.network,
-            subject.analysis,
-            subject.scores,
-            parts.example_of(job.data),
-            price,
-            measured,
-        )
-        told.append(within.described(settled))
-        gone = settled.choice.removed if gone is None else gone
+        part = replace(terms, way=step / settings.steps)
+        decided = _decided(work, subject, part, held, f"{variant}-{step}")
+        told.append(within.described(decided))
+        gone = decided.choice.removed if gone is None else gone
         described = subject.described
-        if settled.choice.removed_blocks:
-            described = described.without_blocks(*settled.choice.removed_blocks)
-        spare = 0.0 if "params" in settled.goals else math.inf
+        if decided.choice.removed_blocks:
+            described = described.without_blocks(*decided.choice.removed_blocks)
+        spare = 0.0 if "params" in decided.goals else math.inf
         last = step == settings.steps
-        left, tried = _corrected(job, settled.cut, described, spare if last else 0.0)
+        cut = decided.apply(subject.network, subject.analysis, example)
+        left, tried = _corrected(job, cut, described, spare if last else 0.0)
         if last:
             break
         _train_between(work, first.network, left.network, f"{variant}-{step}")
-        analysis = surgery.analyse_and_try(left.network, parts.example_of(job.data))
+        analysis = surgery.analyse_and_try(left.network, example)
         scores = _score(job, left.network, analysis).scores
         subject = Subject(left.network, left.described, analysis, scores)
     results = _saved(work, first, left, tried, variant)
@@ -165,25 +161,50 @@ def _within_budget(
     return gone or {}, {**results, "budget": told, "removed_blocks": blocks}
 
 
+@dataclass(frozen=True)
+class Held:
+    """What budgets are held to."""
+
+    dense: nn.Module
+    price: within.Price
+    measure: within.Measure | None
+
+
+def _decided(
+    work: Work, subject: Subject, terms: within.Terms, held: Held, name: str
+) -> within.Decision:
+    """What goes, as a run that was interrupted has measured it: measured again it might be another
+    choice, which the checkpoints after it do not fit."""
+    path = work.checkpoint.with_name(f"{work.checkpoint.stem}-{name}.json")
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return schema.decode(content, within.Decision, str(path), RunError)
+    decided = within.decide(
+        terms,
+        held.dense,
+        subject.network,
+        subject.analysis,
+        subject.scores,
+        parts.example_of(work.job.data),
+        held.price,
+        held.measure,
+    )
+    storage.write_json(path, schema.encode(decided))
+    return decided
+
+
 def _without_blocks(
-    job: Job,
-    first: Subject,
-    terms: within.Terms,
-    price: within.Price,
-    measured: within.Measure | None,
+    work: Work, first: Subject, terms: within.Terms, held: Held, name: str
 ) -> Subject:
     """With several steps, the blocks that the whole way needs gone go before the first: a record
     has blocks go before channels, and no later step could take one."""
-    example = parts.example_of(job.data)
-    settled = within.cut_within(
-        terms, first.network, first.network, first.analysis, first.scores, example, price, measured
-    )
-    gone = settled.choice.removed_blocks
+    example = parts.example_of(work.job.data)
+    gone = _decided(work, first, terms, held, name).choice.removed_blocks
     if not gone:
         return first
     cut = removal.cut(first.network, example, first.analysis.groups, {}, gone)
     analysis = surgery.analyse_and_try(cut.network, example)
-    scores = _score(job, cut.network, analysis).scores
+    scores = _score(work.job, cut.network, analysis).scores
     return Subject(cut.network, first.described.without_blocks(*gone), analysis, scores)
 
 
@@ -336,12 +357,9 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
         for variant in parts.PRUNED:
             gates.build(network, example, _gate_settings(job, variant))
         return
-    multiple = prune_budget.preflight(job)
     analysis = surgery.analyse_and_try(network, example)
+    prune_budget.reach(job, network, analysis, example)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:
-        if getattr(job.recipe.prune, variant).budget:
-            terms = prune_budget.terms_of(job, variant, multiple)
-            within.check_reachable(terms, network, analysis, example, {})
-        else:
+        if not getattr(job.recipe.prune, variant).budget:
             _choose(job, analysis, level, variant)

@@ -7,9 +7,9 @@ itself. A sweep that was stopped goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ def sweep(
         recipe: a TOML file or a built-in recipe's name; None: ``lenet5-digits``.
         budgets: of each point's aggressive network, as :func:`greenprune.pruning.limits.parse`
             reads them; the texts of one point hold all at once.
-        targets: as ``greenprune targets`` lists them; they must be measurable where the workers
-            are.
+        targets: as ``greenprune targets`` lists them; a worker must be such a device, or the
+            target's points fail before anything is trained.
         mild: budgets of every point's mild network; None: half-way between the aggressive one's
             shares and the dense network; where these are no shares, the recipe's.
         address: a Ray cluster, ``auto`` or ``ray://host:port``, whose nodes see ``runs`` and have
@@ -112,53 +112,98 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a worker is to do, and on how many of Ray's CPUs."""
+
+    cpus: float
+    function: Callable[..., str | None]
+    arguments: tuple[Any, ...]
+
+
 def _ended_points(
     ray: Any, folder: Path, planned: Sequence[tuple[Point, Recipe]]
 ) -> Iterator[Point]:
     """Each point as it ends, done or failed, in the order in which they end."""
     whole = sweep_cluster.whole_node(ray)
-
-    def begin(cpus: float, function: Any, *arguments: Any) -> Any:
-        return ray.remote(num_cpus=cpus, max_retries=RETRIES)(function).remote(*arguments)
-
-    say("[base] train and sparsify …")
-    shared = begin(whole, sweep_worker.train_base, schema.encode(planned[0][1]), str(folder / BASE))
-    failure = _failure(ray, shared)
-    if failure:
-        raise RunError(f"{folder / BASE}, the training that all points share, failed: {failure}")
-    pending: dict[Any, Point] = {}
+    refused = _refused(ray, whole, folder, planned)
+    ready = [recipe for point, recipe in planned if point.name not in refused]
+    if ready:
+        say("[base] train and sparsify …")
+        shared = (schema.encode(ready[0]), str(folder / BASE))
+        _, failure = _told(ray, _begin(ray, _Task(whole, sweep_worker.train_base, shared)))
+        if failure:
+            raise RunError(
+                f"{folder / BASE}, the training that all points share, failed: {failure}"
+            )
+    pending: dict[Any, tuple[Point, list[_Task]]] = {}
     for point, recipe in planned:
         place = folder / point.name
-        if sweep_worker.is_finished(recipe, place):
+        if point.name in refused:
+            yield _ended(point, place, refused[point.name])
+        elif sweep_worker.is_finished(recipe, place):
             yield _ended(point, place, None)
         else:
-            pending[_submit(begin, whole, recipe, place)] = point
+            first, *others = _tasks(whole, recipe, place)
+            pending[_begin(ray, first)] = point, others
     while pending:
         (ended,), _ = ray.wait(list(pending), num_returns=1)
-        point = pending.pop(ended)
-        yield _ended(point, folder / point.name, _failure(ray, ended))
+        point, left = pending.pop(ended)
+        node, failure = _told(ray, ended)
+        if failure or not left:
+            yield _ended(point, folder / point.name, failure)
+        else:  # where the first was: what is measured elsewhere would be another point's
+            pending[_begin(ray, left[0], node)] = point, left[1:]
 
 
-def _submit(begin: Any, whole: float, recipe: Recipe, place: Path) -> Any:
-    """A point's tasks, one after the other: those that measure ask for a whole node."""
+def _refused(
+    ray: Any, whole: float, folder: Path, planned: Sequence[tuple[Point, Recipe]]
+) -> dict[str, str]:
+    """Of the points that cannot be measured, by name: why not; told now, before the training."""
+    asked = {
+        point.name: _begin(
+            ray, _Task(whole, sweep_worker.check, (schema.encode(recipe), str(place)))
+        )
+        for point, recipe in planned
+        if not sweep_worker.is_finished(recipe, place := folder / point.name)
+    }
+    told = {name: _told(ray, task)[1] for name, task in asked.items()}
+    refused = {name: failure for name, failure in told.items() if failure}
+    for name, failure in refused.items():
+        say(f"{name} is refused: {failure}")
+    return refused
+
+
+def _tasks(whole: float, recipe: Recipe, place: Path) -> list[_Task]:
+    """A point's, one after the other: those that measure ask for a whole node."""
     from greenprune import prune_budget
 
     own = (schema.encode(recipe), str(place))
-    before = None
-    if prune_budget.is_asked(recipe):
-        before = begin(whole, sweep_worker.advance, before, *own, "prune", False)
-    before = begin(1, sweep_worker.advance, before, *own, LAST_UNMEASURED, whole > 1)
-    return begin(whole, sweep_worker.finish, before, *own)
+    priced = _Task(whole, sweep_worker.advance, (*own, "prune", False))
+    return [
+        *([priced] * prune_budget.is_asked(recipe)),
+        _Task(1, sweep_worker.advance, (*own, LAST_UNMEASURED, whole > 1)),
+        _Task(whole, sweep_worker.finish, own),
+    ]
 
 
-def _failure(ray: Any, task: Any) -> str | None:
-    """What a task says went wrong; also where its worker died."""
+def _begin(ray: Any, task: _Task, node: str | None = None) -> Any:
+    options: dict[str, Any] = {"num_cpus": task.cpus, "max_retries": RETRIES}
+    if node is not None:
+        options["scheduling_strategy"] = sweep_cluster.only_on(node)
+    begun = ray.remote(**options)(sweep_worker.on_node)
+    return begun.remote(task.function, *task.arguments)
+
+
+def _told(ray: Any, task: Any) -> tuple[str | None, str | None]:
+    """The node that a task ran on, and what it says went wrong; also where its worker died."""
     try:
-        told: str | None = ray.get(task)
+        told: tuple[str, str | None] = ray.get(task)
     except ray.exceptions.RayTaskError as error:
-        return f"{type(error.cause).__name__}: {error.cause}"
+        return None, f"{type(error.cause).__name__}: {error.cause}"
     except ray.exceptions.RayError as error:
-        return f"its worker died {1 + RETRIES} times: {sweep_cluster.last_line(error)}"
+        died = f"its worker died {1 + RETRIES} times: {sweep_cluster.last_line(error)}"
+        return None, died
     return told
 
 

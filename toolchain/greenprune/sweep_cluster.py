@@ -185,11 +185,17 @@ def check_nodes(ray: Any, folder: Path) -> None:
         token.unlink(missing_ok=True)
 
 
-def _check_node(ray: Any, node: dict[str, Any], token: Path) -> None:
+def only_on(node: str) -> Any:
+    """A scheduling strategy: this node, by its id, and no other."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-    asked = ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(str(token))
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+
+
+def _check_node(ray: Any, node: dict[str, Any], token: Path) -> None:
+    asked = ray.remote(num_cpus=0, scheduling_strategy=only_on(node["NodeID"]))(look).remote(
+        str(token)
+    )
     where = f"Ray node {node.get('NodeManagerAddress', node['NodeID'])}"
     try:
         sees, version = ray.get(asked, timeout=ANSWER_SECONDS)

@@ -17,11 +17,12 @@ import numpy as np
 from greenprune import api, bundle, pipeline, schema, storage, sweep_cluster, sweep_record
 from greenprune import recipe as recipes
 from greenprune.cores import usable_cores
-from greenprune.errors import GreenpruneError, MeasurementError, RunError
+from greenprune.errors import GreenpruneError, MeasurementError, RunError, TargetError
 from greenprune.harness import cost_table
 from greenprune.harness.summary import energy_ratio, latency_ratio, mean_latencies_ms
 from greenprune.pipeline import Job
 from greenprune.recipe import Recipe, VariantSettings
+from greenprune.registry import device_kind, load_target
 from greenprune.sweep_points import BASE
 from greenprune.sweep_record import POINT_FILE, Energy, Figures, Measured
 
@@ -32,6 +33,31 @@ if TYPE_CHECKING:
 SHARED = ("train", "sparsify")
 """Stages that no budget and no target changes."""
 ERROR_FILE = "error.txt"
+
+
+def on_node(function: Callable[..., str | None], *arguments: Any) -> tuple[str, str | None]:
+    """The node that this runs on, and what the function returns."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id(), function(*arguments)
+
+
+def check(recipe: dict[str, Any], folder: str) -> str | None:
+    """Say what can be said of a point before anything is trained."""
+    from greenprune import prune_budget
+
+    def work() -> None:
+        job = Job(_recipe(recipe), Path(folder))
+        device = load_target(job.recipe.compile.target)
+        if not device.is_here():
+            raise TargetError(
+                f"target '{device.name}': a point of a sweep ends with a measurement, expected a "
+                f"worker that is {device_kind(device)}, this machine is none; leave the target "
+                "out, or sweep with --address on a cluster of such"
+            )
+        prune_budget.preflight(job)
+
+    return _told(Path(folder), work)
 
 
 def train_base(recipe: dict[str, Any], folder: str) -> str | None:
@@ -49,15 +75,8 @@ def train_base(recipe: dict[str, Any], folder: str) -> str | None:
     return _told(Path(folder), work)
 
 
-def advance(
-    before: str | None, recipe: dict[str, Any], folder: str, last: str, shares: bool
-) -> str | None:
-    """Bring a point's run as far as the stage ``last``.
-
-    Args:
-        before: what went wrong with the task before this one.
-        shares: the node is shared with other tasks.
-    """
+def advance(recipe: dict[str, Any], folder: str, last: str, shares: bool) -> str | None:
+    """Bring a point's run as far as the stage ``last``; ``shares``: the node, with other tasks."""
 
     def work() -> None:
         job = Job(_recipe(recipe), Path(folder), alone=not shares)
@@ -67,10 +86,10 @@ def advance(
         most = sweep_cluster.threads_of_a_task() if shares else usable_cores()
         _execute(job, last, min(job.recipe.threads or most, most))
 
-    return before or _told(Path(folder), work)
+    return _told(Path(folder), work)
 
 
-def finish(before: str | None, recipe: dict[str, Any], folder: str) -> str | None:
+def finish(recipe: dict[str, Any], folder: str) -> str | None:
     """Bring a point's run to its end, and write ``point.json``."""
 
     def work() -> None:
@@ -79,7 +98,7 @@ def finish(before: str | None, recipe: dict[str, Any], folder: str) -> str | Non
         measured = schema.encode(_measured(job, summary))
         storage.write_json(job.folder / POINT_FILE, measured)
 
-    return before or _told(Path(folder), work)
+    return _told(Path(folder), work)
 
 
 def _recipe(content: dict[str, Any]) -> Recipe:

@@ -114,7 +114,8 @@ class CostTable:
     correction: dict[str, float] = field(default_factory=dict)
     """What whole networks taught: a network takes ``slope`` times the sum of its layers' latencies,
     and ``layer_us`` for each of them; the dense one took ``dense_ms``, the narrowest
-    ``narrowest_ms``. Empty: none did."""
+    ``narrowest_ms``, and where joules were measured ``dense_mj`` and ``narrowest_mj``. Empty: none
+    did."""
 
 
 def find_block(points: Sequence[CostPoint]) -> int:
@@ -297,6 +298,11 @@ class Lookup:
         self._block = table.block_width
         self._latency = {c.shape: _grid(c, "latency_us") for c in table.costs}
         self._energy = {c.shape: _grid(c, "energy_uj") for c in table.costs}
+        self._lacks = (
+            "it was measured without a meter that measures"
+            if table.meter == "none"
+            else f"its meter, {table.meter}, failed in every round"
+        )
 
     def latency_us(self, shape: LayerShape, in_widths: ArrayLike, out_widths: ArrayLike) -> Array:
         """Microseconds of one layer, float64, of the shape that the widths broadcast to.
@@ -332,8 +338,8 @@ class Lookup:
         grid = grids[shape]
         if np.isnan(grid.costs).all():
             raise MeasurementError(
-                f"the cost table has no {what} of this layer: {shape}; it was measured without a "
-                "meter that measures: use a budget of milliseconds, or measure where there is one"
+                f"the cost table has no {what} of this layer: {shape}; {self._lacks}: use a budget "
+                "of milliseconds, or measure where a meter does"
             )
         columns, rows = np.broadcast_arrays(
             np.asarray(in_widths, dtype=np.float64), np.asarray(out_widths, dtype=np.float64)

@@ -65,11 +65,10 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settled:
+class Decision:
     """What goes, and what it came to."""
 
     choice: optimise.Choice
-    cut: removal.Cut
     dense: dict[str, float]
     """Each quantity of the dense network, by its prices."""
     goals: dict[str, float]
@@ -83,8 +82,17 @@ class Settled:
         """What was measured for what is allowed, of the quantity that is worst."""
         return max((each.over for each in self.measured.values()), default=0.0)
 
+    @property
+    def gone(self) -> tuple[budget.Removed, tuple[str, ...]]:
+        """Channels and blocks that go."""
+        return self.choice.removed, self.choice.removed_blocks
 
-def cut_within(
+    def apply(self, network: nn.Module, analysis: Analysis, example_input: Tensor) -> removal.Cut:
+        """Cut out what goes."""
+        return removal.cut(network, example_input, analysis.groups, *self.gone)
+
+
+def decide(
     terms: Terms,
     dense: nn.Module,
     network: nn.Module,
@@ -93,13 +101,13 @@ def cut_within(
     example_input: Tensor,
     price: Price = lambda network, analysis: {},
     measure: Measure | None = None,
-) -> Settled:
-    """Cut out the channels and blocks that matter least, so that all limits hold.
+) -> Decision:
+    """Choose the channels and blocks that matter least, so that all limits hold without them.
 
     Args:
         terms: see there.
         dense: what shares refer to, in eval mode.
-        network: that is cut, in eval mode: the dense one, or what earlier steps have left of it.
+        network: that is to be cut, in eval mode: the dense one, or what earlier steps left of it.
         analysis: of ``network``.
         scores: of ``network``.
         example_input: [N, ...].
@@ -120,14 +128,15 @@ def cut_within(
     held = [limit for limit in terms.limits if measure and limit.quantity in MEASURED]
     whole_widths = _whole_widths(whole_analysis, analysis)
     seen: dict[str, list[tuple[float, float]]] = {limit.quantity: [] for limit in held}
-    found: list[Settled] = []
+    found: list[Decision] = []
     refused: BudgetError | None = None  # by the prices: then what is measured decides
     for tries in range(1, TRIES + 1):
+        aims = {name: _aim(each) for name, each in seen.items()}
         asked = [
             Limit(
                 quantity=limit.quantity,
                 value=max(
-                    goals[limit.quantity] * _aim(seen.get(limit.quantity, [])),
+                    goals[limit.quantity] * aims.get(limit.quantity, 1.0),
                     refused.smallest[limit.quantity] if refused and limit in held else 0.0,
                 ),
             )
@@ -153,19 +162,17 @@ def cut_within(
             if refused is not None:
                 raise refused from error
             raise
-        same = next((each for each in found if _gone(each.choice) == _gone(choice)), None)
+        decided = Decision(choice=choice, dense=whole, goals=goals, tries=tries)
+        same = next((each for each in found if each.gone == decided.gone), None)
         if same is not None:
-            if same.over <= 1 or refused:
-                break  # nothing lies between this choice and what was too much, or below it
-            _note(seen, same)
+            if refused:
+                break  # nothing lies below it
+            # the next choice above lies beyond this aim, the next below under what was predicted
+            _note(seen, same, aims if same.over <= 1 else None)
             continue
-        cut = removal.cut(
-            network, example_input, analysis.groups, choice.removed, choice.removed_blocks
-        )
-        settled = Settled(choice=choice, cut=cut, dense=whole, goals=goals, tries=tries)
         if measure is None or not held:
-            return settled
-        told = measure(dense, cut.network)
+            return decided
+        told = measure(dense, decided.apply(network, analysis, example_input).network)
         measured: dict[str, Measured] = {
             limit.quantity: Measured(
                 value=told[limit.quantity][1],
@@ -174,23 +181,24 @@ def cut_within(
             )
             for limit in held
         }
-        settled = replace(settled, measured=measured)
-        found.append(settled)
+        decided = replace(decided, measured=measured)
+        found.append(decided)
         untouched = not (choice.removed or choice.removed_blocks)
-        if 1 - SPARE <= settled.over <= 1 or (settled.over < 1 and untouched):
+        if 1 - SPARE <= decided.over <= 1 or (decided.over < 1 and untouched):
             break
-        _note(seen, settled)
+        _note(seen, decided)
     return _best(found, terms)
 
 
-def _gone(choice: optimise.Choice) -> tuple[budget.Removed, tuple[str, ...]]:
-    return choice.removed, choice.removed_blocks
-
-
-def _note(seen: dict[str, list[tuple[float, float]]], settled: Settled) -> None:
-    for quantity, each in settled.measured.items():
-        predicted = settled.choice.predicted[quantity] / settled.goals[quantity]
-        seen[quantity].append((predicted, each.over))
+def _note(
+    seen: dict[str, list[tuple[float, float]]],
+    decided: Decision,
+    aims: Mapping[str, float] | None = None,
+) -> None:
+    """What was measured, at what was predicted or, where given, at what was aimed for."""
+    for quantity, each in decided.measured.items():
+        predicted = decided.choice.predicted[quantity] / decided.goals[quantity]
+        seen[quantity].append((aims[quantity] if aims else predicted, each.over))
 
 
 def _aim(seen: list[tuple[float, float]]) -> float:
@@ -233,7 +241,7 @@ def _whole_widths(dense: Analysis, analysis: Analysis) -> dict[str, int]:
     }
 
 
-def _best(found: list[Settled], terms: Terms) -> Settled:
+def _best(found: list[Decision], terms: Terms) -> Decision:
     """The choice that keeps most, of those that were measured within their limits."""
     within = [each for each in found if each.over <= 1]
     if within:
@@ -244,9 +252,10 @@ def _best(found: list[Settled], terms: Terms) -> Settled:
         f"{name} {each.value:.3g} where {each.allowed:.3g} are allowed (dense: {each.dense:.3g})"
         for name, each in nearest.measured.items()
     )
+    choices = "one choice was" if len(found) == 1 else f"{len(found)} choices were"
     raise PruningError(
-        f"budget {asked}: {len(found)} choices were measured, the nearest at {told}; raise the "
-        "budget, or lower prune.keep_at_least"
+        f"budget {asked}: {choices} measured, the nearest at {told}; raise the budget, or lower "
+        "prune.keep_at_least"
     )
 
 
@@ -293,21 +302,21 @@ def _is_shown(limit: Limit, measured: tuple[float, float] | None) -> bool:
     return measured is not None and measured[1] <= limits.allowed(limit, measured[0])
 
 
-def described(settled: Settled) -> dict[str, Any]:
+def described(decided: Decision) -> dict[str, Any]:
     """A step towards a budget, as plain data."""
-    choice = settled.choice
+    choice = decided.choice
     return {
         "importance_kept": choice.importance_kept,
         "removed_blocks": list(choice.removed_blocks),
         "gap": choice.gap,
-        "tries": settled.tries,
+        "tries": decided.tries,
         "quantities": {
-            name: {"dense": settled.dense[name], "goal": goal, "predicted": choice.predicted[name]}
-            for name, goal in settled.goals.items()
+            name: {"dense": decided.dense[name], "goal": goal, "predicted": choice.predicted[name]}
+            for name, goal in decided.goals.items()
         },
         "measured": {
             name: {"dense": each.dense, "allowed": each.allowed, "measured": each.value}
-            for name, each in settled.measured.items()
+            for name, each in decided.measured.items()
         },
     }
 
