@@ -29,15 +29,17 @@ from greenprune.nncec.report import TEMPLATES
 NAME = "sweep-digits"
 PICTURE = HERE.parent / "docs" / "front_digits.svg"
 POINTS = (
-    *(f"macs x{share}" for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)),
-    *(f"params x{share}" for share in (0.6, 0.4, 0.25)),
-    "macs x0.4,params x0.3",
+    *(f"macs x{share}" for share in (0.6, 0.4, 0.25, 0.15, 0.1, 0.07, 0.05, 0.035)),
+    *(f"params x{share}" for share in (0.2, 0.1, 0.05)),
+    "macs x0.2,params x0.1",
 )
+SETTINGS = ("data.development=300", "prune.width_multiple=2", "prune.keep_at_least=0.05")
+"""Networks narrow enough to differ, and images enough to tell."""
 
 
 def command(runs: Path, overrides: list[str]) -> list[str]:
     points = [part for texts in POINTS for part in ("--budgets", texts)]
-    changes = [part for change in overrides for part in ("--set", change)]
+    changes = [part for change in (*SETTINGS, *overrides) for part in ("--set", change)]
     script = str(Path(sys.executable).with_name("greenprune"))
     options = ["--workers", "2", "--name", NAME, "--runs", str(runs), "--json", *changes]
     return [script, "sweep", *points, *options]

@@ -254,8 +254,10 @@ def test_steps_and_blocks(
     assert len(decided) == 2, "the blocks of the mild network, and its first step"
     kept = list((tmp_path / "runs" / "steps" / "checkpoints").glob("prune-*.json"))
     assert len(kept) == 2
+    (damaged,) = (path for path in kept if "mild-blocks" in path.name)
+    damaged.write_text("{")
     made = api.prune(overrides=asked, runs=tmp_path / "runs", name="steps")
-    assert len(decided) == 6, "decided again"
+    assert len(decided) == 7, "six, of which the damaged one twice"
     assert not [path for path in kept if path.exists()]
     assert json.loads((Path(made["run"]) / "prune" / "stage.json").read_text())["resumed"]
     mild = results_of(made["run"], "prune")["mild"]

@@ -179,22 +179,23 @@ def test_a_layer_that_is_gone_takes_its_part_of_the_intercept_along() -> None:
 
 
 def test_without_a_meter_there_is_no_price_in_joules() -> None:
+    """Nor where it failed during one layer."""
+
+    def without(costs: ShapeCosts) -> ShapeCosts:
+        gap = {"energy_uj": None, "energy_uj_low": None, "energy_uj_high": None}
+        return replace(costs, points=tuple(replace(each, **gap) for each in costs.points))
+
     _, layers = analysed(mobile, (1, 3, 32, 32))
     table = made_table(layers)
-    plain = tuple(
-        replace(
-            costs,
-            points=tuple(
-                replace(each, energy_uj=None, energy_uj_low=None, energy_uj_high=None)
-                for each in costs.points
-            ),
-        )
-        for costs in table.costs
-    )
-    predictor = Predictor(layers, replace(table, costs=plain))
-    assert list(predictor.prices()) == ["latency_ms"]
-    with pytest.raises(MeasurementError, match="without a meter"):
-        predictor.energy_mj({})
+    assert set(Predictor(layers, table).prices()) == {"latency_ms", "energy_mj"}
+    first, *others = table.costs
+    plain = replace(table, costs=tuple(without(costs) for costs in table.costs))
+    failed = replace(table, meter="rapl", costs=(without(first), *others))
+    for each, told in ((plain, "without a meter"), (failed, "its meter, rapl, failed")):
+        predictor = Predictor(layers, each)
+        assert list(predictor.prices()) == ["latency_ms"]
+        with pytest.raises(MeasurementError, match=told):
+            predictor.energy_mj({})
 
 
 def test_below_the_smallest_measured_width_nothing_is_saved() -> None:

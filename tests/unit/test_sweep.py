@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -33,7 +34,7 @@ from greenprune import (
 from greenprune import recipe as recipes
 from greenprune._version import __version__
 from greenprune.errors import BundleError, MissingPackageError, RecipeError, RunError, TargetError
-from greenprune.harness import cost_table
+from greenprune.harness import cost_table, protocol
 from greenprune.registry import load_target
 from greenprune.sweep_record import Energy, Figures, Measured, Point, Sweep
 
@@ -80,6 +81,7 @@ def measured(rows: dict[str, Any], **changes: Any) -> Measured:
         machine="a processor, 2 threads",
         preset="quick",
         valid=True,
+        bundle_started="2026-01-01T00:00:00",
         variants={name: figures(row, joules) for name, row in {"dense": DENSE, **rows}.items()},
     )
     return replace(made, **changes)
@@ -408,17 +410,20 @@ class Done:
 
 
 class Inline:
-    """A Ray that runs each task when it is begun, on the next of two nodes or where it is told to;
+    """A Ray that runs each task when it is begun, on the next of its nodes or where it is told to;
     ``begun`` are the functions' names, runs' names and nodes."""
 
-    exceptions = types.SimpleNamespace(RayTaskError=ValueError, RayError=OSError)
+    exceptions = types.SimpleNamespace(
+        RayTaskError=ValueError, RayError=OSError, TaskUnschedulableError=TimeoutError
+    )
 
     def __init__(self) -> None:
         self.begun: list[tuple[str, str, str]] = []
         self.node = ""
+        self.gone: set[str] = set()
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "NodeID": name, "Resources": {"CPU": 2.0}} for name in "ab"]
+        return [{"Alive": True, "NodeID": name, "Resources": {"CPU": 2.0}} for name in "abcde"]
 
     def get_runtime_context(self) -> Any:
         return types.SimpleNamespace(get_node_id=lambda: self.node)
@@ -426,16 +431,19 @@ class Inline:
     def remote(self, *, num_cpus: float, max_retries: int, scheduling_strategy: str = "") -> Any:
         def begin(function: Any) -> Any:
             def task(work: Any, recipe: Any, folder: str, *others: Any) -> Any:
-                self.node = scheduling_strategy or "ab"[len(self.begun) % 2]
+                self.node = scheduling_strategy or "abcde"[len(self.begun) % 5]
+                if self.node in self.gone:
+                    return Done(TimeoutError("no such node"))
                 self.begun.append((work.__name__, Path(folder).name, self.node))
-                answer = function(work, recipe, folder, *others)
-                return Done(answer)
+                return Done(function(work, recipe, folder, *others))
 
             return types.SimpleNamespace(remote=task)
 
         return begin
 
     def get(self, task: Any) -> Any:
+        if isinstance(task.answer, Exception):
+            raise task.answer
         return task.answer
 
     def wait(self, tasks: list[Any], num_returns: int) -> Any:
@@ -449,6 +457,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Inline:
     monkeypatch.setitem(sys.modules, "ray", found)
     monkeypatch.setattr(sweep_cluster, "only_on", lambda node: node)
     monkeypatch.setattr(sweep_record, "read_point", lambda place: measured({}))
+    monkeypatch.setattr(protocol, "real_meter", lambda name: ("none", 0.0))
+    monkeypatch.setattr(protocol, "one_at_a_time", contextlib.nullcontext)
     for name in ("train_base", "advance", "finish"):
 
         def work(recipe: Any, folder: str, *others: Any) -> None:
@@ -489,14 +499,30 @@ def test_nothing_is_trained_where_no_point_can_be_measured(inline: Inline, tmp_p
 
 
 @pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
-def test_all_of_a_point_is_done_on_one_node(inline: Inline, tmp_path: Path) -> None:
-    """A table that one node measured is none of another's, and would be measured again there."""
-    found = ended(inline, tmp_path, ["latency x0.5", "latency x0.4"], ["x86"])
+def test_a_priced_point_stays_on_its_node(inline: Inline, tmp_path: Path) -> None:
+    """A table that one node measured is none of another's, and would be measured again there;
+    others go where there is room."""
+    found = ended(inline, tmp_path, ["latency x0.5", "latency x0.4", "macs x0.3"], ["x86"])
     assert {each.state for each in found.values()} == {"done"}
     for name in found:
         own = [(work, node) for work, place, node in inline.begun if place == name]
-        assert [work for work, _ in own] == ["check", "advance", "advance", "finish"]
-        assert len({node for _, node in own[1:]}) == 1
+        priced = "latency" in name
+        assert [work for work, _ in own] == ["check", *["advance"] * (1 + priced), "finish"]
+        assert len({node for _, node in own[1:]}) == (1 if priced else 2)
+
+
+@pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
+def test_a_node_that_is_gone_is_told(
+    inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(recipe: Any, folder: str, *others: Any) -> None:
+        inline.gone.add(inline.node)
+
+    leave.__name__ = "advance"
+    monkeypatch.setattr(sweep_worker, "advance", leave)
+    (point,) = ended(inline, tmp_path, ["latency x0.5"], ["x86"]).values()
+    assert point.state == "failed"
+    assert "is gone (no such node); run the sweep again" in point.error
 
 
 class Cluster:
@@ -711,17 +737,17 @@ def test_pick_asks_for_one_of_the_targets(folder: Path) -> None:
 def test_pick_of_a_run_that_was_changed_since(folder: Path) -> None:
     """Repeated by hand, or in a sweep that was killed: its bundle is another than was measured."""
     run = folder / "x86-macs-x0.5"
-    write_stage(run, "report-x86", "1")
     pipeline.write_run(pipeline.Job(recipes.load(None), run))
-    storage.write_json(run / "point.json", schema.encode(measured(POINTS[run.name], valid=False)))
     with pytest.raises(RunError, match=r"x86-macs-x0\.5: was changed after the sweep"):
-        pick.pick(folder, latency_ms=1.0)
-    storage.write_json(run / "point.json", schema.encode(measured(POINTS[run.name])))
-    with pytest.raises(BundleError):  # the figures are of it; this one has no bundle
-        pick.pick(folder, latency_ms=1.0)
-    (run / "report-x86" / "stage.json").unlink()
-    with pytest.raises(RunError, match="was changed after the sweep"):
-        pick.pick(folder, latency_ms=1.0)
+        pick.pick(folder, latency_ms=1.0)  # it is being made
+    write_stage(run, "bundle-x86", "1")
+    path = run / "bundle-x86" / "stage.json"
+    content = json.loads(path.read_text())
+    for started, told in (("2026-01-02", RunError), ("2026-01-01T00:00:00", BundleError)):
+        storage.write_json(path, content | {"started": started})
+        with pytest.raises(told) as caught:  # the one that was measured is there, without files
+            pick.pick(folder, latency_ms=1.0)
+        assert ("was changed after the sweep" in str(caught.value)) == (told is RunError)
 
 
 # -- the page

@@ -116,19 +116,12 @@ def _kept(
     probed = _opened(setting, _path(setting, (), block)) if block else None
     if block and probed is None:
         return None
-    table = _cached(setting, _wanted(setting, layers, grid_block, probed))
-    if table is None or (joules and not _has_joules(layers, table)):
-        return None
-    return probed, table
-
-
-def _has_joules(layers: Sequence[PricedLayer], table: CostTable) -> bool:
-    """Of every layer: a meter may have failed during one of them."""
-    try:
-        Predictor(layers, table).energy_mj({})
-    except MeasurementError:
-        return False
-    return True
+    wanted = _wanted(setting, layers, grid_block, probed)
+    tables = _cached(setting, wanted)
+    if joules:
+        tables = (each for each in tables if "energy_mj" in Predictor(layers, each).prices())
+    table = next(tables, None)
+    return None if table is None else (probed, table)
 
 
 def _made(setting: _Setting, layers: Sequence[PricedLayer], grid_block: int | None) -> _Found:
@@ -298,11 +291,11 @@ def _key(device: Target, runtime: str, threads: int) -> str:
     return f"{device.name}-{runtime}-{storage.sha256_of(content)[:16]}"
 
 
-def _cached(setting: _Setting, wanted: Sequence[Grid]) -> CostTable | None:
-    """A table in the cache with all points wanted: that of a wider network says little of narrow
+def _cached(setting: _Setting, wanted: Sequence[Grid]) -> Iterator[CostTable]:
+    """Tables in the cache with all points wanted: that of a wider network says little of narrow
     layers."""
     tables = (_opened(setting, path) for path in sorted(setting.folder.glob("*.json")))
-    return next((t for t in tables if t and all(_has(t, grid) for grid in wanted)), None)
+    return (table for table in tables if table and all(_has(table, grid) for grid in wanted))
 
 
 def _opened(setting: _Setting, path: Path) -> CostTable | None:

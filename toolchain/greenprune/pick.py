@@ -66,8 +66,8 @@ def pick(
     # the bundle that was measured, as it is: built again it might race and certify otherwise
     run = folder / chosen.point
     job = pipeline.Job(recipes.read_back(run / pipeline.RUN_FILE), run)
-    report = f"report-{job.recipe.compile.target}"
-    if not pipeline.is_current(run, report) or sweep_record.read_point(run) != chosen.measured:
+    built = pipeline.read_stage(job.place(job.bundle_stage))
+    if not built or built["started"] != chosen.measured.bundle_started:
         raise RunError(
             f"{run}: was changed after the sweep '{sweep.name}' measured it, so that its bundle is "
             "not the one that these figures are of; run the sweep again with the same command"

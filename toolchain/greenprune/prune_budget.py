@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from greenprune import compilation, cost_tables, models, processes, whole_networks
+from greenprune import compilation, cost_tables, models, processes, storage, whole_networks
 from greenprune import stage_parts as parts
 from greenprune.adaptive import selector
 from greenprune.cores import session_threads
@@ -17,7 +17,7 @@ from greenprune.errors import MeasurementError, NotAvailableError, PruningError,
 from greenprune.harness import cost_plan, cost_table, protocol
 from greenprune.harness.cost_table import CostTable, LayerShape
 from greenprune.harness.race import Race
-from greenprune.pipeline import Job, Work, is_current
+from greenprune.pipeline import Job, Work
 from greenprune.pruning import limits, optimise, probe_graphs, surgery, within
 from greenprune.pruning.graph import Analysis
 from greenprune.pruning.layer_shapes import PricedLayer, shapes_of
@@ -47,11 +47,11 @@ def _limits(recipe: Recipe) -> list[limits.Limit]:
 
 
 def preflight(job: Job) -> int:
-    """What can be said of the budgets before anything is trained.
+    """What can be said of the budgets before anything is trained or measured.
 
     Returns:
-        What widths will be multiples of, as far as is known by now: of the block width that is
-        still to be found, one that reaches what it will.
+        What widths will be multiples of: where the block width is still to be found, one that
+        reaches what it will.
 
     Raises:
         PruningError: the device is not here, and there is no table of it; it is here, joules are
@@ -69,19 +69,28 @@ def preflight(job: Job) -> int:
     if settings.cost_table is not None:
         return _multiple(job, _carried(job, Path(settings.cost_table), ()).block_width)
     _check_here(job)
-    if is_current(job.folder, STAGE):
-        return found_multiple(job)
     return _multiple(job, FINE)
 
 
-def reach(job: Job, network: nn.Module, analysis: Analysis, example: Tensor) -> None:
-    """Whether budgets can be reached, as far as that is known without a table.
+def reach(
+    job: Job, network: nn.Module, analysis: Analysis, example: Tensor, *, priced: bool
+) -> None:
+    """Whether budgets can be reached, as far as that is known without prices.
+
+    Args:
+        job: the run.
+        network: the dense one, in eval mode.
+        analysis: of it.
+        example: [N, ...].
+        priced: the stage that prices is done, and has found the block.
 
     Raises:
         GreenpruneError: see :func:`preflight`.
         BudgetError: one cannot.
     """
     multiple = preflight(job)
+    if priced:
+        multiple = found_multiple(job)
     for variant in parts.PRUNED:
         if getattr(job.recipe.prune, variant).budget:
             terms = terms_of(job, variant, multiple)
@@ -127,7 +136,8 @@ def price(work: Work) -> dict[str, Any]:
     job = work.job
     network, example = parts.load(job, "train")[0], parts.example_of(job.data)
     analysis = surgery.analyse_and_try(network, example)
-    reach(job, network, analysis, example)  # other budgets than those that training began with
+    # other budgets than those that training began with
+    reach(job, network, analysis, example, priced=False)
     layers = shapes_of(network, example, analysis)
     target = job.recipe.compile.target
     if job.recipe.prune.cost_table is not None:
@@ -148,13 +158,10 @@ def price(work: Work) -> dict[str, Any]:
     if load_target(target).is_here():
         table = _taught(job, network, analysis, layers, table)
     cost_table.write(table, work.folder / TABLE)
-    prices = Predictor(layers, table).prices()
-    for limit in _limits(job.recipe):
-        if limit.quantity in within.MEASURED and limit.quantity not in prices:
-            raise PruningError(
-                f"budget '{limit}': the cost table has no joules, since no meter measures where it "
-                "was made (`greenprune doctor` says why); ask for latency instead"
-            )
+    predictor = Predictor(layers, table)
+    if _in_joules(_limits(job.recipe)):
+        predictor.energy_mj({})  # which says what the table lacks
+    prices = predictor.prices()
     told = table.correction
     shown = {
         f"{quantity}_{unit}": (told[f"dense_{unit}"], told[f"narrowest_{unit}"])
@@ -291,6 +298,11 @@ def found_multiple(job: Job) -> int:
 
 def _multiple(job: Job, block: int) -> int:
     return job.recipe.prune.width_multiple or min(block, width_multiple(job))
+
+
+def prices_sha256(job: Job) -> str:
+    """Of the run's table, by which decisions are known; empty where no budget asks for one."""
+    return storage.sha256(job.place(STAGE) / TABLE) if is_asked(job.recipe) else ""
 
 
 def price_of(job: Job) -> within.Price:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -54,7 +55,7 @@ def _prune_by_scores(work: Work) -> dict[str, Any]:
     job, settings = work.job, work.job.recipe.prune
     network, described = parts.load(job, "sparsify")
     analysis = surgery.analyse_and_try(network, parts.example_of(job.data))
-    prune_budget.reach(job, network, analysis, parts.example_of(job.data))  # before it is scored
+    prune_budget.reach(job, network, analysis, parts.example_of(job.data), priced=True)
     scoring = _score(job, network, analysis)
     results: dict[str, Any] = {
         "images": scoring.images,
@@ -173,12 +174,14 @@ class Held:
 def _decided(
     work: Work, subject: Subject, terms: within.Terms, held: Held, name: str
 ) -> within.Decision:
-    """What goes, as a run that was interrupted has measured it: measured again it might be another
-    choice, which the checkpoints after it do not fit."""
-    path = work.checkpoint.with_name(f"{work.checkpoint.stem}-{name}.json")
+    """What goes, as a run that was interrupted has decided by the same prices: measured again it
+    might be another choice, which the checkpoints after it do not fit."""
+    prices = prune_budget.prices_sha256(work.job)[:8]
+    path = work.checkpoint.with_name(f"{work.checkpoint.stem}-{name}-{prices}.json")
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return schema.decode(content, within.Decision, str(path), RunError)
+        with contextlib.suppress(ValueError, RunError):  # damaged, or another version's
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return schema.decode(content, within.Decision, str(path), RunError)
     decided = within.decide(
         terms,
         held.dense,
@@ -346,8 +349,10 @@ def _choose(job: Job, analysis: Analysis, scores: Scores, variant: str) -> budge
     )
 
 
-def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
+def reach_budgets(job: Job, network: nn.Module, example: Tensor, *, priced: bool) -> None:
     """Whether a budget can be reached follows from the network's structure alone.
+
+    ``priced``: see :func:`greenprune.prune_budget.reach`.
 
     Raises:
         PruningError: it cannot.
@@ -358,7 +363,7 @@ def reach_budgets(job: Job, network: nn.Module, example: Tensor) -> None:
             gates.build(network, example, _gate_settings(job, variant))
         return
     analysis = surgery.analyse_and_try(network, example)
-    prune_budget.reach(job, network, analysis, example)
+    prune_budget.reach(job, network, analysis, example, priced=priced)
     level = {group.name: np.ones(group.channels) for group in analysis.groups}
     for variant in parts.PRUNED:
         if not getattr(job.recipe.prune, variant).budget:

@@ -212,14 +212,15 @@ def preflight(job: Job, network: nn.Module) -> None:
         ) from error
     parts.scores_of(job, outputs, targets)
     selecting.tap(network)
-    prune_stage.reach_budgets(job, network, example)
+    prune_stage.reach_budgets(job, network, example, priced=False)
 
 
 def sparsify(work: Work) -> dict[str, Any]:
     """Train on with CBS, so that filters and their biases reach zero together."""
     job, settings = work.job, work.job.recipe.sparsify
     network, described = parts.load(job, "train")
-    prune_stage.reach_budgets(job, network, parts.example_of(job.data))  # changed since training
+    # changed since training
+    prune_stage.reach_budgets(job, network, parts.example_of(job.data), priced=True)
     if settings.epochs == 0:
         record.save_network(work.folder / parts.NETWORK, network, described)
         return {"headline": "left out: sparsify.epochs = 0"}

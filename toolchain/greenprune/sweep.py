@@ -119,6 +119,8 @@ class _Task:
     cpus: float
     function: Callable[..., str | None]
     arguments: tuple[Any, ...]
+    binds: bool = False
+    """Whether the point's next tasks go to the same node: elsewhere it would be priced again."""
 
 
 def _ended_points(
@@ -136,7 +138,7 @@ def _ended_points(
             raise RunError(
                 f"{folder / BASE}, the training that all points share, failed: {failure}"
             )
-    pending: dict[Any, tuple[Point, list[_Task]]] = {}
+    pending: dict[Any, tuple[Point, list[_Task], str | None]] = {}
     for point, recipe in planned:
         place = folder / point.name
         if point.name in refused:
@@ -144,16 +146,18 @@ def _ended_points(
         elif sweep_worker.is_finished(recipe, place):
             yield _ended(point, place, None)
         else:
-            first, *others = _tasks(whole, recipe, place)
-            pending[_begin(ray, first)] = point, others
+            tasks = _tasks(whole, recipe, place)
+            pending[_begin(ray, tasks[0])] = point, tasks, None
     while pending:
         (ended,), _ = ray.wait(list(pending), num_returns=1)
-        point, left = pending.pop(ended)
+        point, (last, *left), bound = pending.pop(ended)
         node, failure = _told(ray, ended)
         if failure or not left:
             yield _ended(point, folder / point.name, failure)
-        else:  # where the first was: what is measured elsewhere would be another point's
-            pending[_begin(ray, left[0], node)] = point, left[1:]
+            continue
+        if last.binds:
+            bound = node
+        pending[_begin(ray, left[0], bound)] = point, left, bound
 
 
 def _refused(
@@ -179,7 +183,7 @@ def _tasks(whole: float, recipe: Recipe, place: Path) -> list[_Task]:
     from greenprune import prune_budget
 
     own = (schema.encode(recipe), str(place))
-    priced = _Task(whole, sweep_worker.advance, (*own, "prune", False))
+    priced = _Task(whole, sweep_worker.advance, (*own, "prune", False), binds=True)
     return [
         *([priced] * prune_budget.is_asked(recipe)),
         _Task(1, sweep_worker.advance, (*own, LAST_UNMEASURED, whole > 1)),
@@ -201,6 +205,9 @@ def _told(ray: Any, task: Any) -> tuple[str | None, str | None]:
         told: tuple[str, str | None] = ray.get(task)
     except ray.exceptions.RayTaskError as error:
         return None, f"{type(error.cause).__name__}: {error.cause}"
+    except ray.exceptions.TaskUnschedulableError as error:
+        why = sweep_cluster.last_line(error)
+        return None, f"the node that it was measured on is gone ({why}); run the sweep again"
     except ray.exceptions.RayError as error:
         died = f"its worker died {1 + RETRIES} times: {sweep_cluster.last_line(error)}"
         return None, died

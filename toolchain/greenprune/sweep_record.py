@@ -70,6 +70,8 @@ class Measured:
     preset: str
     valid: bool
     """Whether the measurement is, by its own rules."""
+    bundle_started: str
+    """When the bundle's stage began: what :func:`greenprune.pick.pick` knows the bundle by."""
     variants: dict[str, Figures]
     """``dense``, ``mild``, ``aggressive`` and ``pair``."""
 

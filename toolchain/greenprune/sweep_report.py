@@ -240,18 +240,23 @@ def _plot(found: Front, unit: str, place: int, scale: float) -> Plot:
                     fillstyle="full" if chosen else "none",
                     markersize=7,
                     linestyle="none",
+                    clip_on=False,  # one at 100% is shown whole
                     label=variant if chosen else None,
                 )
         dense = 100 * float(
             np.median([each.dense.development_accuracy for each in found.candidates])
         )
-        axes.plot([scale], [dense], MARKERS["dense"], color=COLOURS["dense"], label="dense")
+        at_dense = [scale], [dense]
+        axes.plot(*at_dense, MARKERS["dense"], color=COLOURS["dense"], label="dense", clip_on=False)
         if found.knee is not None:
             at = [costs[found.knee]], [accuracies[found.knee]]
-            axes.plot(*at, "o", color=INK, fillstyle="none", markersize=14, label="knee")
+            ring = {"fillstyle": "none", "markersize": 14, "clip_on": False}
+            axes.plot(*at, "o", color=INK, label="knee", **ring)
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{AXES[unit]}{estimate}")
-        axes.set_ylabel("accuracy on the development images, %")
+        axes.set_ylabel("development accuracy, %")
+        lowest, highest = axes.get_ylim()
+        axes.set_ylim(lowest, min(highest, 100.0))
         legend_below(axes)
 
     return Plot(

@@ -8,6 +8,7 @@ in equal parts, so that a removed block takes its part along (our reading).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -83,15 +84,16 @@ class Predictor:
         """The sum of the layers' energies in millijoules, float64 [choices]; not corrected.
 
         Raises:
-            MeasurementError: the table was measured without a meter.
+            MeasurementError: the table lacks the joules of a layer.
         """
         return self._sum(self._energy_uj, lost)
 
     def prices(self) -> dict[str, Prices]:
-        """``latency_ms`` and, where the table was measured with a meter, ``energy_mj``: terms that
+        """``latency_ms`` and, where the table has joules of every layer, ``energy_mj``: terms that
         add up to :meth:`latency_ms` and :meth:`energy_mj`."""
         found = {"latency_ms": self._prices(self._corrected_us)}
-        if any(point.energy_uj is not None for each in self.table.costs for point in each.points):
+        with contextlib.suppress(MeasurementError):  # no meter, or one that failed
+            self.energy_mj({})
             found["energy_mj"] = self._prices(self._energy_uj)
         return found
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from greenprune.errors import BudgetError, PruningError
 from greenprune.pruning import budget, limits, optimise, removal, surgery
 from greenprune.pruning.graph import Analysis, analyse
-from greenprune.pruning.limits import Limit
+from greenprune.pruning.limits import Limit, Quantity
 from greenprune.pruning.scores import Scores
 
 MEASURED = ("latency_ms", "energy_mj")
@@ -130,29 +130,29 @@ def decide(
     seen: dict[str, list[tuple[float, float]]] = {limit.quantity: [] for limit in held}
     found: list[Decision] = []
     refused: BudgetError | None = None  # by the prices: then what is measured decides
+
+    def chosen(asked: Mapping[Quantity, float]) -> optimise.Choice:
+        return optimise.choose(
+            analysis,
+            scores,
+            [Limit(quantity=name, value=most) for name, most in asked.items()],
+            prices=prices,
+            width_multiple=terms.width_multiple,
+            keep_at_least=terms.keep_at_least,
+            whole_widths=whole_widths,
+            blocks=blocks,
+        )
+
     for tries in range(1, TRIES + 1):
-        aims = {name: _aim(each) for name, each in seen.items()}
-        asked = [
-            Limit(
-                quantity=limit.quantity,
-                value=max(
-                    goals[limit.quantity] * aims.get(limit.quantity, 1.0),
-                    refused.smallest[limit.quantity] if refused and limit in held else 0.0,
-                ),
+        asked: dict[Quantity, float] = {
+            limit.quantity: max(
+                goals[limit.quantity] * _aim(seen.get(limit.quantity, [])),
+                refused.smallest[limit.quantity] if refused and limit in held else 0.0,
             )
             for limit in terms.limits
-        ]
+        }
         try:
-            choice = optimise.choose(
-                analysis,
-                scores,
-                asked,
-                prices=prices,
-                width_multiple=terms.width_multiple,
-                keep_at_least=terms.keep_at_least,
-                whole_widths=whole_widths,
-                blocks=blocks,
-            )
+            choice = chosen(asked)
         except PruningError as error:
             if refused is None and held and isinstance(error, BudgetError):
                 refused = error  # the least that the prices know is measured all the same
@@ -165,10 +165,15 @@ def decide(
         decided = Decision(choice=choice, dense=whole, goals=goals, tries=tries)
         same = next((each for each in found if each.gone == decided.gone), None)
         if same is not None:
-            if refused:
-                break  # nothing lies below it
-            # the next choice above lies beyond this aim, the next below under what was predicted
-            _note(seen, same, aims if same.over <= 1 else None)
+            others = {name: most for name, most in asked.items() if name not in seen}
+            if refused or same.choice.importance_kept >= chosen(others).importance_kept:
+                break  # nothing lies below it, or a limit that is not measured holds it down
+            # what is next lies beyond the aim for the quantity that it is nearest to
+            nearest = max(
+                (limit.quantity for limit in held),
+                key=lambda name: choice.predicted[name] / asked[name],
+            )
+            _note(seen, same, {nearest: asked[nearest] / goals[nearest]})
             continue
         if measure is None or not held:
             return decided
@@ -195,10 +200,11 @@ def _note(
     decided: Decision,
     aims: Mapping[str, float] | None = None,
 ) -> None:
-    """What was measured, at what was predicted or, where given, at what was aimed for."""
-    for quantity, each in decided.measured.items():
+    """What was measured, at what was predicted or, of the quantities in ``aims``, at the aim."""
+    for quantity in aims or decided.measured:
         predicted = decided.choice.predicted[quantity] / decided.goals[quantity]
-        seen[quantity].append((aims[quantity] if aims else predicted, each.over))
+        at = aims[quantity] if aims else predicted
+        seen[quantity].append((at, decided.measured[quantity].over))
 
 
 def _aim(seen: list[tuple[float, float]]) -> float:
