@@ -123,7 +123,7 @@ def test_a_budget_is_held_as_measured(
 
     monkeypatch.setattr(cost_tables.cost_probe, "measure", never)
     again = [*overrides, 'prune.aggressive.budget=["latency x0.75"]']
-    job = api.open_job(overrides=again, runs=tmp_path / "runs", name="held")
+    job = api.open_job(None, overrides=again, runs=tmp_path / "runs", name="held")
     pipeline.execute(job, stages.host_stages(job.recipe)[:2])
     tables = [first, cost_table.read(carried)]
     assert tables[0].costs == tables[1].costs
