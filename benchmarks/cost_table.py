@@ -54,7 +54,9 @@ DENSE = "dense"
 TOGETHER = 6
 """Networks in one race: more processes would only wait for each other."""
 DISTURBED = 1.15
+"""A race whose dense network took this times as long as the fastest one's is run again, ..."""
 AGAIN = 2
+"""... so often at most."""
 FOLDS = 5
 KEEP_AT_LEAST = 0.2
 WORK = Path(tempfile.gettempdir()) / "greenprune-cost-table"

@@ -70,6 +70,20 @@ def test_a_head_is_measured_where_a_selector_could_read_the_network(
         assert prune_budget._with_head(job, unreadable.eval()) is unreadable
 
 
+def test_what_whole_networks_have_shown_is_told_by_quantity() -> None:
+    """A budget that these meet is not refused by the prices."""
+    milliseconds = {"layer_us": 0.0, "slope": 1.0, "dense_ms": 4.0, "narrowest_ms": 1.0}
+    joules = {"dense_mj": 8.0, "narrowest_mj": 3.0}
+
+    def shown(correction: dict[str, float]) -> dict[str, tuple[float, float]]:
+        table: Any = SimpleNamespace(correction=correction)
+        return prune_budget._shown(table)
+
+    assert shown({}) == {}
+    assert shown(milliseconds) == {"latency_ms": (4.0, 1.0)}
+    assert shown(milliseconds | joules) == {"latency_ms": (4.0, 1.0), "energy_mj": (8.0, 3.0)}
+
+
 @pytest.mark.skipif(not load_target("x86").is_here(), reason="no x86-64 processor")
 def test_a_carried_table_has_the_threads_that_sessions_have_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

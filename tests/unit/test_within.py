@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,6 +264,26 @@ def test_a_wider_choice_is_found_beyond_one_that_comes_back(
     found = cut(network, analysis, "latency x0.6", **coarse, measure=measuring(law, []))
     assert found.over <= 1
     assert found.choice.importance_kept == pytest.approx(max(kept))
+
+
+def test_a_limit_that_is_not_measured_may_hold_it_down(
+    network: nn.Module, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then no looser aim for what is measured leads to more, and none is tried."""
+    seen: list[float] = []
+    asked: list[int] = []
+    choose = optimise.choose
+
+    def spy(*arguments: Any, **named: Any) -> optimise.Choice:
+        asked.append(len(arguments[2]))
+        return choose(*arguments, **named)
+
+    monkeypatch.setattr(optimise, "choose", spy)
+    measure = measuring(lambda ms: ms, seen)
+    found = cut(network, analysis, "macs x0.5", "latency x0.9", measure=measure)
+    assert found.over < 0.6
+    assert len(seen) == 1
+    assert asked == [2, 2, 1], "once more, and once without the limit that is measured"
 
 
 def test_a_decision_is_read_back_as_it_was(network: nn.Module, analysis: Analysis) -> None:

@@ -180,8 +180,9 @@ def taught(
         )
         for place, row in enumerate(lost.tolist())
     }
-    told = measure(networks)
-    measured_ms = [told[name][0] for name in networks]
+    measured = measure(networks)
+    measured_ms = [measured[name][0] for name in networks]
+    joules = [measured[name][1] for name in networks]
     counts = {group.name: n for group, n in zip(analysis.groups, lost.T, strict=True)}
     found = learn(Predictor(layers, table).summed_ms(counts), measured_ms)
     correction = {
@@ -190,11 +191,8 @@ def taught(
         "dense_ms": measured_ms[0],
         "narrowest_ms": measured_ms[-1],
     }
-    joules = {
-        "dense_mj": told["network 0"][1],
-        "narrowest_mj": told[f"network {len(networks) - 1}"][1],
-    }
-    correction |= {name: value for name, value in joules.items() if value is not None}
+    if joules[0] is not None and joules[-1] is not None:
+        correction |= {"dense_mj": joules[0], "narrowest_mj": joules[-1]}
     return replace(table, correction=correction)
 
 

@@ -47,7 +47,7 @@ def pick(
 
     Raises:
         RunError: no sweep, no limit, several targets and none named, or no candidate within the
-            limits; then the closest is named; the chosen point's run was changed since.
+            limits, and then the closest is named; the chosen point's run was changed since.
         BundleError: the point's bundle is damaged.
         StorageError: ``output`` exists and is not a bundle.
     """
@@ -66,8 +66,7 @@ def pick(
     # the bundle that was measured, as it is: built again it might race and certify otherwise
     run = folder / chosen.point
     job = pipeline.Job(recipes.read_back(run / pipeline.RUN_FILE), run)
-    built = pipeline.read_stage(job.place(job.bundle_stage))
-    if not built or built["started"] != chosen.measured.bundle_started:
+    if pipeline.started(job.place(job.bundle_stage)) != chosen.measured.bundle_started:
         raise RunError(
             f"{run}: was changed after the sweep '{sweep.name}' measured it, so that its bundle is "
             "not the one that these figures are of; run the sweep again with the same command"

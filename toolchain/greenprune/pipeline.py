@@ -129,6 +129,13 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def started(folder: Path) -> str:
+    """When a finished stage began, which no other execution of it shares; empty where there is
+    none."""
+    content = read_stage(folder)
+    return str(content["started"]) if content else ""
+
+
 def is_current(run_folder: Path, stage: str) -> bool:
     """Whether a stage is finished and so is all that it was made from, unchanged since."""
     content = read_stage(run_folder / stage)

@@ -162,12 +162,7 @@ def price(work: Work) -> dict[str, Any]:
     if _in_joules(_limits(job.recipe)):
         predictor.energy_mj({})  # which says what the table lacks
     prices = predictor.prices()
-    told = table.correction
-    shown = {
-        f"{quantity}_{unit}": (told[f"dense_{unit}"], told[f"narrowest_{unit}"])
-        for quantity, unit in (("latency", "ms"), ("energy", "mj"))
-        if f"narrowest_{unit}" in told and f"dense_{unit}" in told
-    }
+    shown = _shown(table)
     for variant in parts.PRUNED:
         terms = terms_of(job, variant, _multiple(job, table.block_width))
         within.check_reachable(terms, network, analysis, example, prices, shown)
@@ -178,6 +173,16 @@ def price(work: Work) -> dict[str, Any]:
         "block_width": table.block_width,
         "shapes": len(table.costs),
         "headline": f"{len(table.costs)} shapes on {table.runtime} ({source}){probed}",
+    }
+
+
+def _shown(table: CostTable) -> dict[str, tuple[float, float]]:
+    """By quantity, what the dense and the narrowest network that taught the table have taken."""
+    told = table.correction
+    return {
+        quantity: (told[f"dense_{unit}"], told[f"narrowest_{unit}"])
+        for quantity, unit in (("latency_ms", "ms"), ("energy_mj", "mj"))
+        if f"dense_{unit}" in told
     }
 
 

@@ -53,7 +53,7 @@ def host_stages(recipe: Recipe) -> list[Stage]:
             prune_stage.prune,
             needs=("sparsify", prune_budget.STAGE) if priced else ("sparsify",),
             depends=lambda job: [_of(job, "prune"), prune_budget.width_multiple(job)],
-            version=3,
+            version=4,
         ),
         *(
             Stage(

@@ -183,7 +183,7 @@ def _measured(job: Job, summary: dict[str, Any]) -> Measured:
         machine=_machine(results),
         preset=results.preset,
         valid=results.verdict.valid,
-        bundle_started=str((pipeline.read_stage(job.place(job.bundle_stage)) or {})["started"]),
+        bundle_started=pipeline.started(job.place(job.bundle_stage)),
         variants={
             name: Figures(
                 accuracy=found["accuracy"],

@@ -153,9 +153,8 @@ def _search(
     program, step = _program(space, limits)
     first = deadline if step == 1 else (time.monotonic() + deadline) / 2
     found, lost = _within(program, limits, gap, first)
-    most = (
-        min(1.0, 1.0 - lost) if step == 1 else 1.0
-    )  # out of time, nothing is known of what is lost
+    # out of time, the solver has proven nothing
+    most = min(1.0, 1.0 - lost) if step == 1 else 1.0
     while step > 1 and found is not None:
         step //= 2
         near = [

@@ -173,38 +173,34 @@ def decide(
                 (limit.quantity for limit in held),
                 key=lambda name: choice.predicted[name] / asked[name],
             )
-            _note(seen, same, {nearest: asked[nearest] / goals[nearest]})
+            at = asked[nearest] / goals[nearest]
+            seen[nearest].append((at, same.measured[nearest].over))
             continue
         if measure is None or not held:
             return decided
         told = measure(dense, decided.apply(network, analysis, example_input).network)
-        measured: dict[str, Measured] = {
-            limit.quantity: Measured(
-                value=told[limit.quantity][1],
-                allowed=_along(terms.way, told[limit.quantity][0], limit),
-                dense=told[limit.quantity][0],
-            )
-            for limit in held
-        }
-        decided = replace(decided, measured=measured)
+        decided = replace(decided, measured=_as_measured(told, held, terms.way))
         found.append(decided)
         untouched = not (choice.removed or choice.removed_blocks)
         if 1 - SPARE <= decided.over <= 1 or (decided.over < 1 and untouched):
             break
-        _note(seen, decided)
+        for quantity, each in decided.measured.items():
+            seen[quantity].append((choice.predicted[quantity] / goals[quantity], each.over))
     return _best(found, terms)
 
 
-def _note(
-    seen: dict[str, list[tuple[float, float]]],
-    decided: Decision,
-    aims: Mapping[str, float] | None = None,
-) -> None:
-    """What was measured, at what was predicted or, of the quantities in ``aims``, at the aim."""
-    for quantity in aims or decided.measured:
-        predicted = decided.choice.predicted[quantity] / decided.goals[quantity]
-        at = aims[quantity] if aims else predicted
-        seen[quantity].append((at, decided.measured[quantity].over))
+def _as_measured(
+    told: Mapping[str, tuple[float, float]], held: list[Limit], way: float
+) -> dict[str, Measured]:
+    """Of the dense network and of what is left, as they were measured side by side."""
+    return {
+        limit.quantity: Measured(
+            value=told[limit.quantity][1],
+            allowed=_along(way, told[limit.quantity][0], limit),
+            dense=told[limit.quantity][0],
+        )
+        for limit in held
+    }
 
 
 def _aim(seen: list[tuple[float, float]]) -> float:
