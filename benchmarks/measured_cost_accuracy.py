@@ -2,8 +2,8 @@
 
     python benchmarks/measured_cost_accuracy.py ARM --data=DIR --weights=resnet56.th [--runs DIR]
 
-ARM is ``macs``, ``macs_8``, ``latency`` or ``latency_blocks``, as ``measured_cost.py`` kept them
-under --runs, or ``torch_pruning_8``, which is made again. All are taught by the dense network, on
+ARM is ``macs``, ``macs_8`` or an arm (d), as ``measured_cost.py`` kept them under --runs, or
+``torch_pruning_8``, which is made again. All are taught by the dense network, on
 all 50,000 training images; the 10,000 test images choose nothing: last epoch. Killed, it goes on
 from the last epoch.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from cifar import load_images, some_images, test_accuracy
 from common import keep_network, write_result
-from measured_cost import make, torch_pruning
+from measured_cost import BUDGETS, make, torch_pruning
 
 from greenprune import models, training
 from greenprune.pruning import batchnorm, cost, record
@@ -25,7 +25,7 @@ from greenprune.recipe import DistillationSettings
 
 SEED = 0
 BATCHNORM_IMAGES = 1024
-KEPT = ("macs", "macs_8", "latency", "latency_blocks")
+KEPT = ("macs", "macs_8", *BUDGETS["resnet56"])
 SETTINGS = DistillationSettings(
     epochs=15,
     batch_size=128,
