@@ -250,7 +250,7 @@ def test_bundle_with_a_changed_byte(
     assert not (tmp_path / "results.json").exists()
     if name.startswith("artifacts/onnxruntime"):
         with pytest.raises(BundleError, match=name):
-            AdaptiveSession(bundle)
+            AdaptiveSession(bundle, runtime="onnxruntime")
 
 
 def test_changed_weights_in_a_run(

@@ -109,11 +109,17 @@ def test_int8_is_judged_raced_and_told(runs: Path, command: Any, tmp_path: Path)
     for name, networks in told["int8"].items():
         for found in networks.values():
             assert found["float_accuracy"] - found["accuracy"] <= 0.005
-            assert "int8" in found["layers"].values(), f"{name} runs no layer in int8"
+    # so small a network may need all of its layers in floating point, and then has no int8 to race
+    in_int8 = {
+        name
+        for name, networks in told["int8"].items()
+        if all("int8" in networks[each]["layers"].values() for each in ("mild", "aggressive"))
+    }
+    assert in_int8
     raced = {racer["runtime"] for racer in told["race"]["race"]["racers"]}
-    assert raced == {"onnxruntime", "openvino", "onnxruntime-int8", "openvino-int8"}
+    assert raced == {"onnxruntime", "openvino"} | in_int8
     left_out = set(told["race"]["left_out"])
-    assert left_out <= set(told["int8"])
+    assert set(told["int8"]) - in_int8 <= left_out <= set(told["int8"])
     for reason in told["race"]["left_out"].values():
         assert reason in done.stderr
     for variant in opened.manifest.variants.values():

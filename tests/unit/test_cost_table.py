@@ -214,6 +214,18 @@ def test_a_width_that_was_not_measured_costs_what_its_block_does() -> None:
     assert ins == pytest.approx([product(24, 8)] * 3)
 
 
+def test_a_block_that_goes_on_beyond_the_widest_layer_costs_what_that_does() -> None:
+    """Of layers of 96 and 40 to 48 channels in turn nothing is known of 64 to 96, where blocks of
+    32 end."""
+    pairs = [(96, 8), (96, 32), (96, 48), (32, 8), (32, 32), (32, 48)]
+    costs = ShapeCosts(
+        shape=CONVOLUTION, mirrored=True, points=tuple(point(i, o, 1.0 * i * o) for i, o in pairs)
+    )
+    lookup = Lookup(table(costs, block_width=32))
+    assert lookup.latency_us(CONVOLUTION, 96, [33, 40, 48]).tolist() == [96.0 * 48] * 3
+    assert lookup.latency_us(CONVOLUTION, 40, 96) == 96 * 48
+
+
 def test_a_depthwise_layer_has_one_width() -> None:
     lookup = Lookup(table(LINE))
     found = lookup.latency_us(DEPTHWISE, [8, 12, 32, 0, 4], [8, 12, 32, 0, 4])

@@ -286,8 +286,8 @@ class _Grid:
 class Lookup:
     """A table's costs at any widths; build it once for many questions.
 
-    A width that was not measured costs what the device's block that it ends in does. Between
-    measured widths it interpolates, in both directions linearly (which is exact for what grows with
+    A width that was not measured costs what the next one that was does, if that ends in the same
+    block of the device, else what the whole block does. Between measured widths it interpolates, in both directions linearly (which is exact for what grows with
     the product of the widths). Below the smallest measured width it answers that
     width's cost, too much rather than too little; at width 0 there is no layer and no cost; above
     the largest it refuses. A point that lacks in a grid is interpolated from its row and column, or
@@ -441,6 +441,6 @@ def _interpolate(
 
 
 def _whole_blocks(widths: Array, measured: Array, block: int) -> Array:
-    """The next whole block, or the widest width, of those that were not measured themselves."""
-    whole = np.minimum(np.ceil(widths / block) * block, measured[-1])
-    return np.where(np.isin(widths, measured), widths, whole)
+    """The end of each width's block, or the next measured width if that comes before."""
+    following = measured[np.minimum(np.searchsorted(measured, widths), len(measured) - 1)]
+    return np.minimum(np.ceil(widths / block) * block, following)
