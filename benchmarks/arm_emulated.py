@@ -4,13 +4,17 @@
 
 as root, with Debian's `debootstrap`, `qemu-user-static` and `binfmt-support`. DIR is made by
 debootstrap where it is not there yet (ten minutes). On this machine: our wheel, the wheels for
-aarch64 that it needs (by pip), LeNet-5 pruned on digits by a short schedule and its `arm` bundle.
-Inside, as on a board: a virtual environment with the base install, `greenprune doctor`,
-`greenprune targets`, `greenprune-bench --certify`, an `AdaptiveSession` over the replay images and
-`greenprune-bench`. The session's answers are compared with what the same graphs answer here.
+aarch64 that it needs (by pip), and `greenprune cost-table`'s graphs of LeNet-5. Inside, as on a
+board: a virtual environment with the base install, `greenprune doctor`, `greenprune targets` and
+`greenprune-bench --cost-table`. The table is carried back, LeNet-5 is pruned on digits within
+shares of the latency that it tells, by a short schedule, and exported. Inside again:
+`greenprune-bench --certify`, an `AdaptiveSession` over the replay images, whose answers are
+compared with what the same graphs answer here, and `greenprune-bench`.
 
 Nothing here is a figure of Arm's speed: emulated instructions take many times as long as real ones,
-so latencies are left out. `seconds` says what each step took under emulation.
+so latencies are left out. Shares of the dense network's latency, as the carried table predicts them
+and as they are measured inside, are of the emulated processor, a device of its own. `seconds` says
+what each step took under emulation.
 """
 
 from __future__ import annotations
@@ -35,8 +39,11 @@ from greenprune.registry import load_target
 SEED = 0
 EMULATOR = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+SHARES = {"mild": 0.8, "aggressive": 0.6}
+"""Budgets: of the dense network's latency, by the carried table."""
 SHORT = {
     "threads": 1,
+    "compile.target": "arm",
     "train.epochs": 6,
     "sparsify.epochs": 2,
     "finetune.mild.epochs": 2,
@@ -44,7 +51,9 @@ SHORT = {
 }
 """A schedule of seconds: accuracy is not the question."""
 PLACE = Path("opt/greenprune")
-"""Below the root: virtual environment, wheels and bundle of one run of this script."""
+"""Below the root: virtual environment, wheels, table and bundle of one run of this script."""
+HOME = f"/{PLACE}"
+"""The same, from inside."""
 ENTER = """
 set -e
 mount -t proc proc "$1/proc"
@@ -90,15 +99,22 @@ def main() -> None:
     place = root / PLACE
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
+    seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         wheel = collect_wheels(place / "wheels", python_version(root))
-        shutil.copytree(make_bundle(Path(scratch)), place / "digits.bundle")
+        installed = install(root, place, seconds)
+        table = carried_table(root, place, seconds)
+        bundle, predicted = make_bundle(Path(scratch), table)
+        shutil.copytree(bundle, place / "digits.bundle")
     figures = {
         "emulator": first_line(["qemu-aarch64-static", "--version"]),
         "processor": EMULATED_CPU,
         "system": f"Debian {(root / 'etc/debian_version').read_text().strip()}",
         "wheel": wheel,
-        **device_side(root, place),
+        **installed,
+        "budget": {"asked": SHARES, "predicted": predicted},
+        **use(root, place, seconds),
+        "seconds": seconds,
     }
     seconds = time.monotonic() - begin
     print(write_result("arm_emulated", seed=SEED, seconds=seconds, figures=figures))
@@ -128,55 +144,85 @@ def collect_wheels(folder: Path, python: str) -> str:
     return wheel.name
 
 
-def make_bundle(folder: Path) -> Path:
-    """An arm bundle of LeNet-5 on digits."""
-    commands = Path(sys.executable).parent
+def greenprune(*line: Any) -> None:
+    """``greenprune`` here, with the short schedule."""
     settings = [part for key, value in SHORT.items() for part in ("--set", f"{key}={value}")]
-    host([commands / "greenprune", "prune", "--runs", folder, "--name", "digits", *settings])
+    host([Path(sys.executable).with_name("greenprune"), *line, *settings])
+
+
+def make_bundle(folder: Path, table: Path) -> tuple[Path, dict[str, float]]:
+    """An arm bundle of LeNet-5 on digits, within the budgets by ``table``; the shares of the dense
+    latency that it predicts."""
+    budgets = {f"prune.{name}.budget": [f"latency x{share}"] for name, share in SHARES.items()}
+    told = {**budgets, "prune.cost_table": table}
+    settings = [part for key, value in told.items() for part in ("--set", f"{key}={value}")]
+    greenprune("prune", "--runs", folder, "--name", "digits", *settings)
     made = folder / "digits-arm.bundle"
-    host([commands / "greenprune-export", folder / "digits", "--target", "arm", "-o", made])
-    return made
+    export = Path(sys.executable).with_name("greenprune-export")
+    host([export, folder / "digits", "--target", "arm", "-o", made])
+    results = json.loads((folder / "digits" / "prune" / "stage.json").read_text())["results"]
+    found = {name: results[name]["budget"][-1]["quantities"]["latency_ms"] for name in SHARES}
+    return made, {name: each["predicted"] / each["dense"] for name, each in found.items()}
 
 
-def device_side(root: Path, place: Path) -> dict[str, Any]:
-    """Install, look round, certify, answer and measure inside; what came of it."""
-    seconds: dict[str, float] = {}
+def step(
+    root: Path, seconds: dict[str, float], name: str, *line: str, passes: tuple[int, ...] = (0,)
+) -> str:
+    """Run a command inside; what it printed. How long it took goes to ``seconds``."""
+    start = time.monotonic()
+    done = inside(root, *line)
+    seconds[name] = round(time.monotonic() - start, 1)
+    print(f"{name}: {seconds[name]} s", flush=True)
+    if done.returncode not in passes:
+        sys.exit(f"{name} failed inside ({done.returncode}):\n{done.stdout}\n{done.stderr}")
+    return done.stdout
 
-    def step(name: str, *line: str, passes: tuple[int, ...] = (0,)) -> str:
-        start = time.monotonic()
-        done = inside(root, *line)
-        seconds[name] = round(time.monotonic() - start, 1)
-        print(f"{name}: {seconds[name]} s", flush=True)
-        if done.returncode not in passes:
-            sys.exit(f"{name} failed inside ({done.returncode}):\n{done.stdout}\n{done.stderr}")
-        return done.stdout
 
+def install(root: Path, place: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """The base install inside, and what it finds there."""
     processors = range(os.cpu_count() or 1)
     (place / "cpuinfo").write_text("".join(CPUINFO.format(number=each) for each in processors))
-    home, bundle = f"/{PLACE}", f"/{PLACE}/digits.bundle"
-    step("environment", "python3", "-m", "venv", f"{home}/venv")
-    wheels = ["--no-index", "--find-links", f"{home}/wheels"]
-    step("install", "pip", "install", "--quiet", *wheels, "greenprune")
-    doctor = json.loads(step("doctor", "greenprune", "doctor", "--json"))
-    listed = json.loads(step("targets", "greenprune", "targets", "--json"))
-    certified = json.loads(step("certify", "greenprune-bench", bundle, "--certify", "--json"))
-    opened = open_bundle(place / "digits.bundle")
-    (place / "session.py").write_text(SESSION)
-    inputs = f"{bundle}/{opened.manifest.samples.replay_inputs}"
-    step("session", "python", f"{home}/session.py", bundle, inputs, f"{home}/answers.npz")
-    quick = ["--preset", "quick", "--json"]
-    # 1: it was measured, and the verdict is that such a noisy machine's figures are not valid
-    bench = json.loads(step("bench", "greenprune-bench", bundle, *quick, passes=(0, 1)))
+    step(root, seconds, "environment", "python3", "-m", "venv", f"{HOME}/venv")
+    wheels = ["--no-index", "--find-links", f"{HOME}/wheels"]
+    step(root, seconds, "install", "pip", "install", "--quiet", *wheels, "greenprune")
+    doctor = json.loads(step(root, seconds, "doctor", "greenprune", "doctor", "--json"))
+    listed = json.loads(step(root, seconds, "targets", "greenprune", "targets", "--json"))
     return {
         "python": doctor["python"],
         "packages": doctor["packages"],
         "machine": first_line(["chroot", root, "uname", "-m"]),
         "targets": {name: found["runtimes_here"] for name, found in listed.items()},
+    }
+
+
+def carried_table(root: Path, place: Path, seconds: dict[str, float]) -> Path:
+    """What layers cost inside, measured there from graphs that were written here."""
+    greenprune("cost-table", "-o", place / "probe")
+    options = ["--threads", str(SHORT["threads"]), "--meter", "none", "-o", f"{HOME}/table.json"]
+    step(root, seconds, "table", "greenprune-bench", "--cost-table", f"{HOME}/probe", *options)
+    return place / "table.json"
+
+
+def use(root: Path, place: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """Certify, answer and measure inside; what came of it."""
+    bundle = f"{HOME}/digits.bundle"
+    certify = ["greenprune-bench", bundle, "--certify", "--json"]
+    certified = json.loads(step(root, seconds, "certify", *certify))
+    opened = open_bundle(place / "digits.bundle")
+    (place / "session.py").write_text(SESSION)
+    inputs = f"{bundle}/{opened.manifest.samples.replay_inputs}"
+    session = ["python", f"{HOME}/session.py", bundle, inputs, f"{HOME}/answers.npz"]
+    step(root, seconds, "session", *session)
+    quick = ["greenprune-bench", bundle, "--preset", "quick", "--json"]
+    # 1: it was measured, and the verdict is that such a noisy machine's figures are not valid
+    bench = json.loads(step(root, seconds, "bench", *quick, passes=(0, 1)))
+    means = {row["variant"]: row["latency_ms"]["mean"]["value"] for row in bench["candidates"]}
+    return {
         "certified_on": certified["selector"]["certified_on"],
         "headline": certified["headline"],
         "session": compare(opened, place / "answers.npz"),
         "benched": [f"{row['variant']} on {row['runtime']}" for row in bench["candidates"]],
-        "seconds": seconds,
+        "measured_of_dense": {name: means[name] / means["dense"] for name in SHARES},
     }
 
 
@@ -207,7 +253,7 @@ def compare(opened: Bundle, path: Path) -> dict[str, Any]:
 
 def inside(root: Path, *line: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the root, with ``/proc`` and ``/sys``, and an environment of its own."""
-    path = f"/{PLACE}/venv/bin:/usr/bin:/bin"
+    path = f"{HOME}/venv/bin:/usr/bin:/bin"
     clean = ["/usr/bin/env", "-i", f"PATH={path}", "HOME=/root", "LANG=C.UTF-8"]
     clean.append(f"QEMU_CPU={EMULATED_CPU}")
     enter = ENTER.replace("$PLACE", str(PLACE))

@@ -106,7 +106,7 @@ def test_int8_is_judged_raced_and_told(runs: Path, command: Any, tmp_path: Path)
     opened.verify()
     told = opened.manifest.provenance
     assert set(told["int8"]) == {"onnxruntime-int8", "openvino-int8"}
-    for name, networks in told["int8"].items():
+    for networks in told["int8"].values():
         for found in networks.values():
             assert found["float_accuracy"] - found["accuracy"] <= 0.005
     # so small a network may need all of its layers in floating point, and then has no int8 to race

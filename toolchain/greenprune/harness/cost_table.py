@@ -287,11 +287,11 @@ class Lookup:
     """A table's costs at any widths; build it once for many questions.
 
     A width that was not measured costs what the next one that was does, if that ends in the same
-    block of the device, else what the whole block does. Between measured widths it interpolates, in both directions linearly (which is exact for what grows with
-    the product of the widths). Below the smallest measured width it answers that
-    width's cost, too much rather than too little; at width 0 there is no layer and no cost; above
-    the largest it refuses. A point that lacks in a grid is interpolated from its row and column, or
-    costs what the next wider layer does.
+    block of the device, else what the whole block does. Between measured widths it interpolates, in
+    both directions linearly (which is exact for what grows with the product of the widths). Below
+    the smallest measured width it answers that width's cost, too much rather than too little; at
+    width 0 there is no layer and no cost; above the largest it refuses. A point that lacks in a
+    grid is interpolated from its row and column, or costs what the next wider layer does.
     """
 
     def __init__(self, table: CostTable) -> None:
