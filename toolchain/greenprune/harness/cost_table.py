@@ -443,4 +443,5 @@ def _interpolate(
 def _whole_blocks(widths: Array, measured: Array, block: int) -> Array:
     """The end of each width's block, or the next measured width if that comes before."""
     following = measured[np.minimum(np.searchsorted(measured, widths), len(measured) - 1)]
-    return np.minimum(np.ceil(widths / block) * block, following)
+    ends: Array = np.minimum(np.ceil(widths / block) * block, following)
+    return ends
