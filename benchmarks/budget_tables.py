@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean, stdev
 from typing import Any
 
 from common import RESULTS
@@ -162,14 +163,23 @@ def _latency(row: dict[str, Any]) -> str:
 
 
 def _accuracy(arm: str, raced: dict[str, Any]) -> str:
-    """With the share of the MACs where another network was trained than the one that was raced."""
-    if not (RESULTS / "measured_cost_accuracy" / f"{arm}.json").is_file():
+    """Over the seeds that were trained, with the share of the MACs where another network was trained
+    than the one that was raced."""
+    folder = RESULTS / "measured_cost_accuracy"
+    files = [*folder.glob(f"{arm}.json"), *folder.glob(f"{arm}_seed*.json")]
+    trained = [read(f"{folder.name}/{path.stem}")["figures"] for path in files]
+    if not trained:
         return ""
-    trained = read(f"measured_cost_accuracy/{arm}")["figures"]
-    if all(trained[size] == raced[arm][size] for size in ("macs", "params")):
-        return f"{trained['accuracy']:.2%}"
-    share = trained["macs"] / raced["dense"]["macs"]
-    return f"{trained['accuracy']:.2%} with {share:.1%} of the MACs"
+    (size,) = {(figures["macs"], figures["params"]) for figures in trained}
+    accuracies = [figures["accuracy"] for figures in trained]
+    said = (
+        f"{mean(accuracies):.2%} ± {stdev(accuracies):.2%} ({len(accuracies)} seeds)"
+        if len(accuracies) > 1
+        else f"{accuracies[0]:.2%}"
+    )
+    if size == (raced[arm]["macs"], raced[arm]["params"]):
+        return said
+    return f"{said} with {size[0] / raced['dense']['macs']:.1%} of the MACs"
 
 
 def sweep_digits() -> str:

@@ -1,11 +1,11 @@
 """What ResNet-56's networks of ``measured_cost.py`` are worth after 15 epochs of the same training.
 
-    python benchmarks/measured_cost_accuracy.py ARM --data=DIR --weights=resnet56.th [--runs DIR]
+    python benchmarks/measured_cost_accuracy.py ARM --data=DIR --weights=resnet56.th [--seed N] [--runs DIR]
 
 ARM is ``macs``, ``macs_8`` or an arm (d), as ``measured_cost.py`` kept them under --runs, or
-``torch_pruning_8``, which is made again. All are taught by the dense network, on
-all 50,000 training images; the 10,000 test images choose nothing: last epoch. Killed, it goes on
-from the last epoch.
+``torch_pruning_8``, which is made again. All are taught by the dense network, on all 50,000 training
+images; the 10,000 test images choose nothing: last epoch. The seed is the training's alone: the
+network was chosen once. Killed, it goes on from the last epoch.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def main() -> None:
     parser.add_argument("arm", choices=[*KEPT, "torch_pruning_8"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the training")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     arguments = parser.parse_args()
 
     begin = time.monotonic()
-    name = f"resnet56_measured_{arguments.arm}"
+    arm = arguments.arm if arguments.seed == SEED else f"{arguments.arm}_seed{arguments.seed}"
+    name = f"resnet56_measured_{arm}"
     folder = arguments.runs / name
     loaded = load_images(arguments.data, arguments.weights)
     dense = models.build("greenprune.models:resnet56", {})
@@ -64,7 +66,7 @@ def main() -> None:
         network,
         loaded,
         SETTINGS,
-        seed=SEED,
+        seed=arguments.seed,
         teacher=dense.eval(),
         checkpoint=folder / "checkpoint.safetensors",
         label=name,
@@ -78,12 +80,12 @@ def main() -> None:
         "loss": history.loss,
         "epoch_seconds": history.seconds,
     }
-    if described is not None:
+    if described is not None and arguments.seed == SEED:
         record.save_network(folder / "network", network, described)
         keep_network(folder / "network", name)
     result = write_result(
-        f"measured_cost_accuracy/{arguments.arm}",
-        seed=SEED,
+        f"measured_cost_accuracy/{arm}",
+        seed=arguments.seed,
         seconds=time.monotonic() - begin,
         figures=figures,
         script="measured_cost_accuracy",
