@@ -163,7 +163,7 @@ def _latency(row: dict[str, Any]) -> str:
 
 
 def _accuracy(arm: str, raced: dict[str, Any]) -> str:
-    """Over the seeds that were trained, with the share of the MACs where another network was trained
+    """Over the seeds that were trained, with the share of the MACs where it was another network
     than the one that was raced."""
     folder = RESULTS / "measured_cost_accuracy"
     files = [*folder.glob(f"{arm}.json"), *folder.glob(f"{arm}_seed*.json")]

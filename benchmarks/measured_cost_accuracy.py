@@ -1,11 +1,11 @@
 """What ResNet-56's networks of ``measured_cost.py`` are worth after 15 epochs of the same training.
 
-    python benchmarks/measured_cost_accuracy.py ARM --data=DIR --weights=resnet56.th [--seed N] [--runs DIR]
+    python benchmarks/measured_cost_accuracy.py ARM --data=DIR --weights=FILE [--seed N] [--runs DIR]
 
 ARM is ``macs``, ``macs_8`` or an arm (d), as ``measured_cost.py`` kept them under --runs, or
-``torch_pruning_8``, which is made again. All are taught by the dense network, on all 50,000 training
-images; the 10,000 test images choose nothing: last epoch. The seed is the training's alone: the
-network was chosen once. Killed, it goes on from the last epoch.
+``torch_pruning_8``, which is made again. All are taught by the dense network, on all 50,000
+training images; the 10,000 test images choose nothing: last epoch. The seed is the training's
+alone: the network was chosen once. Killed, it goes on from the last epoch.
 """
 
 from __future__ import annotations
