@@ -1,6 +1,6 @@
 """What ResNet-56's networks of ``measured_cost.py`` are worth after 15 epochs of the same training.
 
-    python benchmarks/measured_cost_accuracy.py ARM --data=DIR --weights=FILE [--seed N] [--runs DIR]
+    python benchmarks/measured_cost_accuracy.py ARM --data=DIR --weights=FILE [--seed N] [--runs D]
 
 ARM is ``macs``, ``macs_8`` or an arm (d), as ``measured_cost.py`` kept them under --runs, or
 ``torch_pruning_8``, which is made again. All are taught by the dense network, on all 50,000
